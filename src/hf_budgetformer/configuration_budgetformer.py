@@ -1,0 +1,220 @@
+"""Configuration of BudgetFormer: a BERT-family encoder's own fields and those of its routers, side by side."""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict, validated_field
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .backbones import BACKBONES
+
+
+# Of a decoder's configuration nothing applies here; identity belongs to the model that is built, not to its origin.
+_NOT_ADOPTED = ("model_type", "architectures", "transformers_version", "auto_map", "use_cache", "_name_or_path")
+
+
+def _checked(allowed: str, accepts: Callable[[Any], bool], default: Any) -> Any:
+    """A dataclass field whose every assignment must satisfy `accepts`; the error names the value and what is allowed."""
+
+    def validate(value: Any) -> None:
+        if not accepts(value):
+            raise ValueError(f"expected {allowed}, got {value!r}")
+
+    return validated_field(validate, default=default)
+
+
+def is_share(value: Any) -> bool:
+    """Whether `value` is a share of the heads: a float in (0, 1]. Integers are refused, they look like head counts."""
+    return isinstance(value, float) and 0.0 < value <= 1.0
+
+
+def _is_number(value: Any, low: float, high: float = math.inf, above: bool = False) -> bool:
+    return math.isfinite(value) and (low < value if above else low <= value) and value <= high
+
+
+def _share(default: float | None) -> Any:
+    return _checked("None or a share of the heads, a float in (0, 1]", lambda v: v is None or is_share(v), default)
+
+
+def _fraction(default: float) -> Any:
+    return _checked("a number in [0, 1]", lambda v: _is_number(v, 0, 1), default)
+
+
+def _not_negative(default: float) -> Any:
+    return _checked("a finite number >= 0", lambda v: _is_number(v, 0), default)
+
+
+def _positive(default: float) -> Any:
+    return _checked("a finite number > 0", lambda v: _is_number(v, 0, above=True), default)
+
+
+def _count(default: int, least: int = 1) -> Any:
+    return _checked(f"an integer >= {least}", lambda v: v >= least, default)
+
+
+@strict
+class BudgetFormerConfig(PreTrainedConfig):
+    """Configuration of [`BudgetFormerModel`] and [`BudgetFormerForSequenceClassification`].
+
+    The backbone's fields keep their names and meaning from `BertConfig` and `RobertaConfig`. `from_pretrained` on a
+    plain BERT or RoBERTa checkpoint, and [`from_backbone_config`], adopt them. The remaining fields belong to the
+    routers. "Share" means a fraction of all attention heads, (0, 1].
+
+    Args:
+        backbone_model_type: Architecture of the encoder, a key of `backbones.BACKBONES`: "bert" or "roberta".
+        head_budget: Share of the heads every input gets unless a call asks for another, or None for the budget the
+            model chooses itself. Default None.
+        target_head_budget: Mean share the model's own budget is trained towards, within
+            [budget_min, budget_max]; None leaves only those two bounds, as the paper does. Default 0.5.
+        budget_min: Lower bound of the mean own budget, a share; below it the loss grows. Default 0.1 (paper).
+        budget_max: Upper bound of the mean own budget, a share; above it the loss grows. Default 0.9 (paper).
+        budget_sampling: Fraction in [0, 1] of the training batches that run at a requested budget, drawn
+            log-uniformly from [1/heads, 1], rather than at the model's own. Without it a checkpoint collapses at
+            budgets it was not trained at. Default 0.5.
+        budget_loss_weight: Weight >= 0 of the budget terms of the loss. Default 20.
+        entropy_loss_weight: Weight >= 0 of the entropy term of the loss, which rewards spread-out relevance at the
+            start of exploration and penalises it at the end. Default 0.01; the paper gives no value.
+        gate_type: "hard" (gates are 0 or 1 in training and inference, gradients pass straight through) or "soft"
+            (as in the paper: all heads weighted in training, the ceil(budget * heads) best run at inference).
+            Default "hard".
+        router_hidden_size: Units >= 1 of the hidden layer of each budget controller. Default 64.
+        router_lr_multiplier: How many times larger an optimiser step the routers take than the rest of the model, > 0.
+            Routers start from scratch and need a rate of about 2e-3. Default 40, for a Trainer at 5e-5.
+        initial_temperature: Temperature > 0 of the head scores when training starts. Default 2.3.
+        final_temperature: Temperature > 0 they anneal to, at most `initial_temperature`. Default 0.3.
+        score_noise: Scale >= 0 of the Gumbel noise on the scores when training starts; it anneals to none.
+            Default 1.5.
+        exploration_steps: Number >= 0 of training forward passes from exploration to exploitation, that is until
+            temperature and noise reach their final values. With gradient accumulation a pass is a micro-batch.
+            Default 500.
+
+    Raises:
+        StrictDataclassFieldValidationError: A field's value is not allowed; names the field, the value and the range.
+        StrictDataclassClassValidationError: Two fields contradict each other.
+
+    Sources: budgets, bounds and gates are arXiv 2604.22583; the equalised rate of the routers follows Karras et al.
+    2018 (arXiv 1710.10196).
+    """
+
+    model_type = "budgetformer"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["head_budget", "head_gates", "aux_loss"]
+    # The stock layers ask for these; a decoder cannot be adopted.
+    is_decoder: ClassVar[bool] = False
+    add_cross_attention: ClassVar[bool] = False
+
+    backbone_model_type: str = _checked(f"one of {sorted(BACKBONES)}", lambda v: v in BACKBONES, "bert")
+    vocab_size: int = _count(30522)
+    hidden_size: int = _count(768)
+    num_hidden_layers: int = _count(12)
+    num_attention_heads: int = _count(12)
+    intermediate_size: int = _count(3072)
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = _fraction(0.1)
+    attention_probs_dropout_prob: float | int = _fraction(0.1)
+    max_position_embeddings: int = _count(512)
+    type_vocab_size: int = _count(2)
+    initializer_range: float | int = _not_negative(0.02)
+    layer_norm_eps: float | int = _positive(1e-12)
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    classifier_dropout: float | int | None = _checked(
+        "None or a number in [0, 1]", lambda v: v is None or _is_number(v, 0, 1), None
+    )
+    tie_word_embeddings: bool = True
+
+    head_budget: float | int | None = _share(None)
+    target_head_budget: float | int | None = _share(0.5)
+    budget_min: float | int = _fraction(0.1)
+    budget_max: float | int = _fraction(0.9)
+    budget_sampling: float | int = _fraction(0.5)
+    budget_loss_weight: float | int = _not_negative(20.0)
+    entropy_loss_weight: float | int = _not_negative(0.01)
+    gate_type: str = _checked("'hard' or 'soft'", lambda v: v in ("hard", "soft"), "hard")
+    router_hidden_size: int = _count(64)
+    router_lr_multiplier: float | int = _positive(40.0)
+    initial_temperature: float | int = _positive(2.3)
+    final_temperature: float | int = _positive(0.3)
+    score_noise: float | int = _not_negative(1.5)
+    exploration_steps: int = _count(500, least=0)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(
+                f"model_type must be {self.model_type!r}, got {kwargs['model_type']!r}: to build on another model's "
+                "configuration, call BudgetFormerConfig.from_backbone_config(config)."
+            )
+        for name in ("is_decoder", "add_cross_attention"):
+            if kwargs.pop(name, False):
+                raise ValueError(f"{name} must be False, got True: BudgetFormer is an encoder.")
+        super().__post_init__(**kwargs)
+
+    def validate_head_size(self) -> None:
+        """Heads must share the hidden size equally."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be divisible by num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}."
+            )
+
+    def validate_budget_bounds(self) -> None:
+        """The bounds of the own budget must leave room, and its target must lie between them."""
+        if self.budget_min > self.budget_max:
+            raise ValueError(
+                f"budget_min must not exceed budget_max, got budget_min={self.budget_min} and "
+                f"budget_max={self.budget_max}."
+            )
+        target = self.target_head_budget
+        if target is not None and not self.budget_min <= target <= self.budget_max:
+            raise ValueError(
+                f"target_head_budget must lie in [budget_min, budget_max] = [{self.budget_min}, {self.budget_max}], "
+                f"got {target}."
+            )
+
+    def validate_temperatures(self) -> None:
+        """Training anneals from exploration (high) to exploitation (low)."""
+        if self.final_temperature > self.initial_temperature:
+            raise ValueError(
+                f"final_temperature must not exceed initial_temperature, got final_temperature="
+                f"{self.final_temperature} and initial_temperature={self.initial_temperature}."
+            )
+
+    @classmethod
+    def from_backbone_config(cls, config: PreTrainedConfig | dict[str, Any], **kwargs: Any) -> "BudgetFormerConfig":
+        """Builds a configuration around a plain BERT or RoBERTa one.
+
+        Args:
+            config: The stock configuration, or its dictionary with a `model_type`.
+            **kwargs: Fields of this class to set, router fields usually.
+
+        Raises:
+            ValueError: The model type is not supported, or the configuration is a decoder's.
+        """
+        config_dict = config if isinstance(config, dict) else config.to_dict()
+        return cls(**{**cls._adopt(config_dict), **kwargs})
+
+    @classmethod
+    def _adopt(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        model_type = config_dict.get("model_type")
+        if model_type not in BACKBONES:
+            raise ValueError(
+                f"BudgetFormer cannot be built on a model of type {model_type!r}: supported are {sorted(BACKBONES)}."
+            )
+        # Through the stock class, so that its defaults and its handling of old files apply.
+        adopted = CONFIG_MAPPING[model_type].from_dict(dict(config_dict)).to_dict()
+        adopted = {key: value for key, value in adopted.items() if key not in _NOT_ADOPTED}
+        return {**adopted, "model_type": cls.model_type, "backbone_model_type": model_type}
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As upstream, but the dictionary of a plain BERT or RoBERTa checkpoint comes back as one of this class."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # Checkpoints of 2019 name no type: the caller may.
+        config_dict.setdefault("model_type", kwargs.get("backbone_model_type"))
+        if config_dict["model_type"] != cls.model_type:
+            config_dict = cls._adopt(config_dict)
+        return config_dict, kwargs
+
+
+__all__ = ["BudgetFormerConfig"]
