@@ -203,7 +203,10 @@ class BudgetFormerConfig(PreTrainedConfig):
             )
         # Through the stock class, so that its defaults and its handling of old files apply.
         adopted = CONFIG_MAPPING[model_type].from_dict(dict(config_dict)).to_dict()
-        adopted = {key: value for key, value in adopted.items() if key not in _NOT_ADOPTED}
+        dropped = {*_NOT_ADOPTED, *({"id2label", "label2id"} - config_dict.keys())}  # labels only if it names them
+        adopted = {key: value for key, value in adopted.items() if key not in dropped}
+        if "num_labels" in config_dict:
+            adopted["num_labels"] = config_dict["num_labels"]
         return {**adopted, "model_type": cls.model_type, "backbone_model_type": model_type}
 
     @classmethod

@@ -68,7 +68,8 @@ class OwnBudget(nn.Module):
         super().__init__()
         self.multiplier = float(config.router_lr_multiplier)
         target = config.target_head_budget
-        self.initial = torch.logit(torch.tensor(0.5 if target is None else target)).clamp(-10, 10).item()
+        share = min(0.5 if target is None else target, 1.0 - 1e-4)  # an infinite logit could not be trained
+        self.initial = math.log(share / (1.0 - share))
         self.bias = nn.Parameter(torch.empty(1))
 
     def forward(self) -> torch.Tensor:

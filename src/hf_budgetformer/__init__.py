@@ -1,0 +1,33 @@
+"""BudgetFormer for Hugging Face Transformers: each input gets its own attention heads. Importing it registers it."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from .configuration_budgetformer import BudgetFormerConfig
+from .modeling_budgetformer import (
+    BudgetFormerForSequenceClassification,
+    BudgetFormerModel,
+    BudgetFormerPreTrainedModel,
+)
+from .tools.training import BudgetCallback
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register(BudgetFormerConfig.model_type, BudgetFormerConfig, exist_ok=True)
+AutoModel.register(BudgetFormerConfig, BudgetFormerModel, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    BudgetFormerConfig, BudgetFormerForSequenceClassification, exist_ok=True
+)
+
+# A saved folder carries the code with it, for those who have not installed the package.
+BudgetFormerConfig.register_for_auto_class()
+BudgetFormerModel.register_for_auto_class("AutoModel")
+BudgetFormerForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+__all__ = [
+    "BudgetCallback",
+    "BudgetFormerConfig",
+    "BudgetFormerForSequenceClassification",
+    "BudgetFormerModel",
+    "BudgetFormerPreTrainedModel",
+]

@@ -1,0 +1,465 @@
+"""BudgetFormer: BERT-family encoders that choose, for each input and layer, how many attention heads run and which."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.models.bert.modeling_bert import BertLayer, BertPooler
+from transformers.pytorch_utils import apply_chunking_to_forward
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import GatedSelfAttention
+from .backbones import BACKBONES, max_input_length
+from .configuration_budgetformer import BudgetFormerConfig, is_share
+from .losses import attach_loss, budget_distance, budget_hinge, score_entropy
+from .routing import ExplorationSchedule, GateLinear, HeadRouter, OwnBudget, pool_tokens
+
+
+# Sent along by Trainer, pipelines and decorators; none of them changes what an encoder computes.
+_UNUSED_KWARGS = frozenset({"num_items_in_batch", "output_attentions", "output_hidden_states", "use_cache"})
+
+
+@dataclass
+class BudgetFormerModelOutput(BaseModelOutputWithPooling):
+    """Stock encoder output, and what the routers did.
+
+    Args:
+        head_budget: (B,), float: share of all heads that each input really used, the mean of its gates.
+        head_gates: (B, layers, H), float, on request: 1 for an open head, 0 for a closed one.
+        aux_loss: Scalar, while training: the routers' terms of the loss, weighted.
+    """
+
+    head_budget: torch.Tensor | None = None
+    head_gates: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclass
+class BudgetFormerClassifierOutput(SequenceClassifierOutput):
+    """Stock classifier output, and what the routers did; `loss` includes `aux_loss` while training.
+
+    Args:
+        head_budget: (B,), float: share of all heads that each input really used, the mean of its gates.
+        head_gates: (B, layers, H), float, on request: 1 for an open head, 0 for a closed one.
+        aux_loss: Scalar, while training: the routers' terms of the loss, weighted.
+    """
+
+    head_budget: torch.Tensor | None = None
+    head_gates: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+def _values_are_known() -> bool:
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def _check_inputs(
+    config: BudgetFormerConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    unknown: dict[str, Any],
+) -> tuple[int, int]:
+    """Raises on input that the encoder would not survive or would ignore; returns batch size and length."""
+    if unknown.pop("head_mask", None) is not None:
+        raise TypeError("head_mask no longer exists in transformers 5: pass head_budget, the share of heads to run.")
+    unexpected = sorted(unknown.keys() - _UNUSED_KWARGS)
+    if unexpected:
+        raise TypeError(f"unexpected keyword arguments {unexpected}: see the signature of forward.")
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "both" if input_ids is not None else "neither"
+        raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}.")
+    name, tensor = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+    batch, length = tensor.shape[:2]
+    if batch == 0 or length == 0:
+        raise ValueError(f"{name} must hold at least one input of at least one token, got shape {tuple(tensor.shape)}.")
+    longest = max_input_length(config)
+    if position_ids is None and length > longest:
+        raise ValueError(
+            f"{name} must be at most {longest} tokens long (config.max_position_embeddings), got {length}: tokenize "
+            f"with truncation=True, max_length={longest}."
+        )
+    if attention_mask is not None and attention_mask.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask must have shape ({batch}, {length}), one value per token, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    return batch, length
+
+
+def _check_head_budget(head_budget: float | torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+    """Returns the requested shares as (B,) float; raises ValueError naming value and range."""
+    allowed = f"head_budget must be a share of the heads, a float in (0, 1] or a float tensor of shape ({batch},)"
+    if not isinstance(head_budget, torch.Tensor):
+        if not is_share(head_budget):
+            raise ValueError(f"{allowed}, got {head_budget!r}.")
+        return torch.full((batch,), head_budget, device=device)
+    if not head_budget.is_floating_point() or head_budget.shape != (batch,):
+        raise ValueError(f"{allowed}, got a {head_budget.dtype} tensor of shape {tuple(head_budget.shape)}.")
+    if _values_are_known() and not ((head_budget > 0) & (head_budget <= 1)).all():
+        raise ValueError(f"{allowed}, got {head_budget}.")
+    return head_budget.to(device, torch.promote_types(head_budget.dtype, torch.float32))
+
+
+class BudgetFormerPreTrainedModel(PreTrainedModel):
+    """What all BudgetFormer models share: weights' names, initialisation, saving and loading."""
+
+    config: BudgetFormerConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    # Without it Trainer leaves the loss undivided under gradient accumulation, since forward takes **kwargs.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _no_split_modules = ["BertEmbeddings", "RobertaEmbeddings", "BudgetFormerLayer"]
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        # By name, for a configuration loaded from the Hub is of another module than this one.
+        if getattr(config, "model_type", None) != BudgetFormerConfig.model_type:
+            raise TypeError(
+                f"config must be a BudgetFormerConfig, got {type(config).__name__}: build one with "
+                "BudgetFormerConfig.from_backbone_config(config)."
+            )
+        config.validate()
+        super().__init__(config)
+        # The loader asks the instance: stock checkpoints of either architecture then match without renaming.
+        self.base_model_prefix = BACKBONES[config.backbone_model_type].prefix
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, GateLinear):
+            init.normal_(module.weight, std=module.initial_std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, OwnBudget):
+            init.constant_(module.bias, module.initial / module.multiplier)
+        elif isinstance(module, ExplorationSchedule):
+            init.zeros_(module.steps)
+        else:
+            super()._init_weights(module)
+            if isinstance(module, BACKBONES[self.config.backbone_model_type].embeddings):
+                init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
+                init.zeros_(module.token_type_ids)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; takes BudgetFormer checkpoints and plain ones of a supported backbone, by Hub id or folder.
+
+        Fields of [`BudgetFormerConfig`] may be given as keyword arguments.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Names of old checkpoints are brought up to date once. Upstream would write the old ones again, which
+        # Trainer, whose resuming renames nothing, then skips in silence.
+        model._weight_conversions = []
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; the folder also holds this code, so that it loads where the package is not installed."""
+        # Upstream names only the class that is saved. Entries that still point to a repository are replaced too.
+        self.config.auto_map = {
+            "AutoConfig": "configuration_budgetformer.BudgetFormerConfig",
+            "AutoModel": "modeling_budgetformer.BudgetFormerModel",
+            "AutoModelForSequenceClassification": "modeling_budgetformer.BudgetFormerForSequenceClassification",
+        }
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class BudgetFormerLayer(BertLayer):
+    """Stock transformer layer whose attention is gated by a router of its own."""
+
+    def __init__(self, config: BudgetFormerConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx=layer_idx)
+        self.attention.self = GatedSelfAttention(config, layer_idx=layer_idx)
+        self.router = HeadRouter(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor,
+        budget_logit: torch.Tensor,
+        temperature: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Routes, attends and feeds forward. Keeps nothing: under gradient checkpointing it runs twice.
+
+        Args:
+            hidden_states: (B, L, D).
+            attention_mask: As the attention implementation wants it.
+            token_mask: (B, L), 1 for real tokens.
+            budget_logit: (B,), logit of the budget asked for.
+            temperature: Scalar.
+            noise: Scalar.
+
+        Returns:
+            hidden states (B, L, D), gates (B, H), budget (B,), scores (B, H).
+        """
+        gates, budget, scores = self.router(pool_tokens(hidden_states, token_mask), budget_logit, temperature, noise)
+        context, _ = self.attention.self(hidden_states, attention_mask, gates=gates)
+        attended = self.attention.output(context, hidden_states)
+        output = apply_chunking_to_forward(
+            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, attended
+        )
+        return output, gates, budget, scores
+
+
+class BudgetFormerEncoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BudgetFormerLayer(config, index) for index in range(config.num_hidden_layers))
+
+    def forward(
+        self, hidden_states: torch.Tensor, *shared: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states (B, L, D) and whatever every layer takes beside them.
+
+        Returns:
+            hidden states (B, L, D), gates (B, layers, H), budgets (B, layers), scores (B, layers, H).
+        """
+        routed = []
+        for layer in self.layer:
+            hidden_states, *choice = layer(hidden_states, *shared)
+            routed.append(choice)
+        gates, budgets, scores = (torch.stack(parts, dim=1) for parts in zip(*routed))
+        return hidden_states, gates, budgets, scores
+
+
+class BudgetFormerModel(BudgetFormerPreTrainedModel):
+    """Encoder of a BERT-family checkpoint with a head router in every layer (arXiv 2604.22583).
+
+    Args:
+        config: The configuration.
+        add_pooling_layer: Whether to build the pooler, as in the stock classes.
+
+    Attributes:
+        training_log: Scalars of the last training forward pass, detached, by name: what `BudgetCallback` logs.
+    """
+
+    _can_record_outputs = {"hidden_states": BudgetFormerLayer, "attentions": GatedSelfAttention}
+
+    def __init__(self, config: BudgetFormerConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = BACKBONES[config.backbone_model_type].embeddings(config)
+        self.encoder = BudgetFormerEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.own_budget = OwnBudget(config)
+        self.exploration = ExplorationSchedule(config)
+        self.training_log: dict[str, torch.Tensor] = {}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the word embeddings."""
+        self.embeddings.word_embeddings = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        head_budget: float | torch.Tensor | None = None,
+        output_head_gates: bool = False,
+        **kwargs: Any,
+    ) -> BudgetFormerModelOutput:
+        """Encodes a batch, running only the heads the routers open.
+
+        Args:
+            input_ids: (B, L), int64; or else `inputs_embeds`.
+            attention_mask: (B, L), 1 for real tokens and 0 for padding, on whichever side; None: no padding.
+            token_type_ids: (B, L), int64.
+            position_ids: (B, L), int64.
+            inputs_embeds: (B, L, D), float.
+            head_budget: Share of all heads asked for, a float in (0, 1] or a float tensor (B,); it is spread over the
+                layers as the routers see fit. None: `config.head_budget`, or else the model's own.
+            output_head_gates: Whether to return `head_gates`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
+
+        Raises:
+            ValueError: An argument's shape or value is not allowed.
+            TypeError: An argument does not exist.
+        """
+        batch, length = _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        device = self.own_budget.bias.device
+        if head_budget is None:
+            head_budget = self.config.head_budget
+        requested = None if head_budget is None else _check_head_budget(head_budget, batch, device)
+
+        hidden_states = self.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
+        token_mask = hidden_states.new_ones(batch, length) if attention_mask is None else attention_mask
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        learning = self.training and torch.is_grad_enabled()
+        budget_logit, target, sampled = self._ask(requested, batch, learning)
+        temperature, noise = self.exploration()
+        hidden_states, gates, budgets, scores = self.encoder(
+            hidden_states, mask, token_mask, budget_logit, temperature, noise
+        )
+        aux_loss = None
+        if learning:
+            aux_loss = self._aux_loss(budgets, scores, target, sampled, temperature)
+            self.exploration.steps += 1
+        return BudgetFormerModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=None if self.pooler is None else self.pooler(hidden_states),
+            head_budget=gates.detach().mean((1, 2)),
+            head_gates=gates if output_head_gates else None,
+            aux_loss=aux_loss,
+        )
+
+    def _ask(
+        self, requested: torch.Tensor | None, batch: int, learning: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The budget to aim for: a logit (B,), its mean as a target or None, and whether it was asked from outside."""
+        own = self.own_budget()
+        if requested is not None:
+            # The own budget stays in the graph, or distributed training would wait for its gradient.
+            return torch.logit(requested) + 0.0 * own, requested.mean(), torch.ones_like(own)
+        if not learning:
+            return own.expand(batch), None, torch.zeros_like(own)
+        draw, which = torch.rand(2, 1, device=own.device, dtype=own.dtype)
+        sampled = which < self.config.budget_sampling
+        share = self.config.num_attention_heads**-draw  # log-uniform in (1/H, 1]
+        logit = torch.where(sampled, torch.logit(share), own)
+        target = self.config.target_head_budget
+        return logit.expand(batch), torch.where(sampled, share, torch.full_like(share, target or 0.0)), sampled
+
+    def _aux_loss(
+        self,
+        budgets: torch.Tensor,
+        scores: torch.Tensor,
+        target: torch.Tensor,
+        sampled: torch.Tensor,
+        temperature: torch.Tensor,
+    ) -> torch.Tensor:
+        config = self.config
+        # No layer spends less than one head, whatever its controller says.
+        spent = budgets.clamp(min=1.0 / config.num_attention_heads).mean()
+        distance = budget_distance(spent, target)
+        own_terms = budget_hinge(spent, config.budget_min, config.budget_max)
+        if config.target_head_budget is not None:
+            own_terms = own_terms + distance
+        budget_loss = torch.where(sampled.bool(), distance, own_terms).mean()
+        entropy = score_entropy(scores)
+        progress = self.exploration.progress()
+        # Rewarded while exploring, penalised while exploiting.
+        entropy_loss = (2.0 * progress - 1.0) * entropy
+        self.training_log = {
+            "budget": spent.detach(),
+            "budget_loss": budget_loss.detach(),
+            "entropy": entropy.detach(),
+            "temperature": temperature.detach(),
+            "progress": progress.detach(),
+        }
+        return config.budget_loss_weight * budget_loss + config.entropy_loss_weight * entropy_loss
+
+
+class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
+    """BudgetFormer with the backbone's own classification head: labels for whole inputs, or a regression.
+
+    The head and its parameters' names are those of the stock class, so that checkpoints go both ways.
+    """
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        backbone = BACKBONES[config.backbone_model_type]
+        setattr(self, backbone.prefix, BudgetFormerModel(config, add_pooling_layer=backbone.reads_pooler))
+        self.classifier = backbone.classifier(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        head_budget: float | torch.Tensor | None = None,
+        output_head_gates: bool = False,
+        **kwargs: Any,
+    ) -> BudgetFormerClassifierOutput:
+        """Classifies a batch; arguments and errors as in [`BudgetFormerModel.forward`], and labels.
+
+        Args:
+            input_ids: (B, L), int64; or else `inputs_embeds`.
+            attention_mask: (B, L), 1 for real tokens and 0 for padding; None: no padding.
+            token_type_ids: (B, L), int64.
+            position_ids: (B, L), int64.
+            inputs_embeds: (B, L, D), float.
+            labels: As in the stock classes: (B,) int64 in [0, num_labels) for one label per input (-100 is ignored),
+                (B, num_labels) float for several, (B,) float for a regression with num_labels=1.
+            head_budget: Share of all heads asked for, a float in (0, 1] or a float tensor (B,).
+            output_head_gates: Whether to return `head_gates`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
+        """
+        if labels is not None:
+            self._check_labels(labels)
+        encoder: BudgetFormerModel = self.base_model
+        outputs = encoder(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            head_budget=head_budget,
+            output_head_gates=output_head_gates,
+            return_dict=True,
+            **kwargs,
+        )
+        reads_pooler = BACKBONES[self.config.backbone_model_type].reads_pooler
+        logits = self.classifier(outputs.pooler_output if reads_pooler else outputs.last_hidden_state)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            if outputs.aux_loss is not None:
+                encoder.training_log["task_loss"] = loss.detach()
+                loss = loss + outputs.aux_loss
+        elif outputs.aux_loss is not None:
+            logits = attach_loss(logits, outputs.aux_loss)
+        return BudgetFormerClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            head_budget=outputs.head_budget,
+            head_gates=outputs.head_gates,
+            aux_loss=outputs.aux_loss,
+        )
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        one_of_many = self.num_labels > 1 and labels.dtype in (torch.int64, torch.int32)
+        if not one_of_many or self.config.problem_type not in (None, "single_label_classification"):
+            return
+        if _values_are_known() and not (((labels >= 0) & (labels < self.num_labels)) | (labels == -100)).all():
+            raise ValueError(
+                f"labels must be in [0, {self.num_labels}) or -100 to be ignored, got {labels.tolist()}: set num_labels "
+                "when loading the model."
+            )
+
+
+__all__ = [
+    "BudgetFormerForSequenceClassification",
+    "BudgetFormerModel",
+    "BudgetFormerPreTrainedModel",
+]
