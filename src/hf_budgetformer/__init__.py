@@ -15,9 +15,7 @@ __version__ = "0.1.0"
 
 AutoConfig.register(BudgetFormerConfig.model_type, BudgetFormerConfig, exist_ok=True)
 AutoModel.register(BudgetFormerConfig, BudgetFormerModel, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    BudgetFormerConfig, BudgetFormerForSequenceClassification, exist_ok=True
-)
+AutoModelForSequenceClassification.register(BudgetFormerConfig, BudgetFormerForSequenceClassification, exist_ok=True)
 
 # A saved folder carries the code with it, for those who have not installed the package.
 BudgetFormerConfig.register_for_auto_class()

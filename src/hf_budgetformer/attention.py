@@ -26,6 +26,7 @@ class GatedSelfAttention(BertSelfAttention):
             hidden_states: (B, L, D).
             attention_mask: As the attention implementation wants it, see `transformers.masking_utils`.
             gates: (B, H), float; None leaves all heads open.
+            **kwargs: For the attention implementation.
 
         Returns:
             The context (B, L, D), and the attention weights (B, H, L, L) where the implementation gives them.

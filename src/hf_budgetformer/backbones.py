@@ -20,6 +20,7 @@ class PooledClassifier(nn.Linear):
         self.dropout = config.hidden_dropout_prob if dropout is None else dropout
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, D) -> logits (B, num_labels)."""
         return super().forward(F.dropout(pooled, self.dropout, self.training))
 
 

@@ -210,7 +210,9 @@ class BudgetFormerConfig(PreTrainedConfig):
         return {**adopted, "model_type": cls.model_type, "backbone_model_type": model_type}
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As upstream, but the dictionary of a plain BERT or RoBERTa checkpoint comes back as one of this class."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # Checkpoints of 2019 name no type: the caller may.

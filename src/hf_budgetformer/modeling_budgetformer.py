@@ -303,9 +303,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
         )
         token_mask = hidden_states.new_ones(batch, length) if attention_mask is None else attention_mask
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         learning = self.training and torch.is_grad_enabled()
         budget_logit, target, sampled = self._ask(requested, batch, learning)
         temperature, noise = self.exploration()
