@@ -40,7 +40,7 @@ class Backbone:
     """
 
     prefix: str
-    embeddings: Callable[[Any], nn.Module]
+    embeddings: type[nn.Module]
     classifier: Callable[[Any], nn.Module]
     reads_pooler: bool
     positions_follow_padding: bool

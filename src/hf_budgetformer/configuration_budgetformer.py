@@ -15,7 +15,7 @@ _NOT_ADOPTED = ("model_type", "architectures", "transformers_version", "auto_map
 
 
 def _checked(allowed: str, accepts: Callable[[Any], bool], default: Any) -> Any:
-    """A dataclass field whose every assignment must satisfy `accepts`; the error names the value and what is allowed."""
+    """A dataclass field that refuses what does not satisfy `accepts`; the error names value and allowed range."""
 
     def validate(value: Any) -> None:
         if not accepts(value):

@@ -73,10 +73,10 @@ def _check_inputs(
     unexpected = sorted(unknown.keys() - _UNUSED_KWARGS)
     if unexpected:
         raise TypeError(f"unexpected keyword arguments {unexpected}: see the signature of forward.")
-    if (input_ids is None) == (inputs_embeds is None):
-        given = "both" if input_ids is not None else "neither"
-        raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}.")
-    name, tensor = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+    given = {name: x for name, x in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)) if x is not None}
+    if len(given) != 1:
+        raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {list(given) or 'neither'}.")
+    [(name, tensor)] = given.items()
     batch, length = tensor.shape[:2]
     if batch == 0 or length == 0:
         raise ValueError(f"{name} must hold at least one input of at least one token, got shape {tuple(tensor.shape)}.")
@@ -144,8 +144,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
             if isinstance(module, BACKBONES[self.config.backbone_model_type].embeddings):
-                init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
-                init.zeros_(module.token_type_ids)
+                positions, types = module.get_buffer("position_ids"), module.get_buffer("token_type_ids")
+                init.copy_(positions, torch.arange(positions.shape[-1]).expand((1, -1)))
+                init.zeros_(types)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +230,7 @@ class BudgetFormerEncoder(nn.Module):
         for layer in self.layer:
             hidden_states, *choice = layer(hidden_states, *shared)
             routed.append(choice)
-        gates, budgets, scores = (torch.stack(parts, dim=1) for parts in zip(*routed))
+        gates, budgets, scores = (torch.stack(parts, dim=1) for parts in zip(*routed, strict=True))
         return hidden_states, gates, budgets, scores
 
 
@@ -248,7 +249,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
 
     def __init__(self, config: BudgetFormerConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.embeddings = BACKBONES[config.backbone_model_type].embeddings(config)
+        self.embeddings: Any = BACKBONES[config.backbone_model_type].embeddings(config)
         self.encoder = BudgetFormerEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.own_budget = OwnBudget(config)
@@ -324,20 +325,19 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
 
     def _ask(
         self, requested: torch.Tensor | None, batch: int, learning: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """The budget to aim for: a logit (B,), its mean as a target or None, and whether it was asked from outside."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The budget to aim for: a logit (B,), the mean share (1,) to train towards, whether it is a request (1,)."""
         own = self.own_budget()
         if requested is not None:
             # The own budget stays in the graph, or distributed training would wait for its gradient.
-            return torch.logit(requested) + 0.0 * own, requested.mean(), torch.ones_like(own)
+            return torch.logit(requested) + 0.0 * own, requested.mean(0, keepdim=True), torch.ones_like(own).bool()
+        target = torch.full_like(own, self.config.target_head_budget or 0.0)
         if not learning:
-            return own.expand(batch), None, torch.zeros_like(own)
+            return own.expand(batch), target, torch.zeros_like(own).bool()
         draw, which = torch.rand(2, 1, device=own.device, dtype=own.dtype)
         sampled = which < self.config.budget_sampling
         share = self.config.num_attention_heads**-draw  # log-uniform in (1/H, 1]
-        logit = torch.where(sampled, torch.logit(share), own)
-        target = self.config.target_head_budget
-        return logit.expand(batch), torch.where(sampled, share, torch.full_like(share, target or 0.0)), sampled
+        return torch.where(sampled, torch.logit(share), own).expand(batch), torch.where(sampled, share, target), sampled
 
     def _aux_loss(
         self,
@@ -354,7 +354,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         own_terms = budget_hinge(spent, config.budget_min, config.budget_max)
         if config.target_head_budget is not None:
             own_terms = own_terms + distance
-        budget_loss = torch.where(sampled.bool(), distance, own_terms).mean()
+        budget_loss = torch.where(sampled, distance, own_terms).mean()
         entropy = score_entropy(scores)
         progress = self.exploration.progress()
         # Rewarded while exploring, penalised while exploiting.
@@ -377,7 +377,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
 
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: Any = config.num_labels  # typed as optional upstream
         backbone = BACKBONES[config.backbone_model_type]
         setattr(self, backbone.prefix, BudgetFormerModel(config, add_pooling_layer=backbone.reads_pooler))
         self.classifier = backbone.classifier(config)
@@ -412,7 +412,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         """
         if labels is not None:
             self._check_labels(labels)
-        encoder: BudgetFormerModel = self.base_model
+        encoder: Any = self.base_model
         outputs = encoder(
             input_ids,
             attention_mask=attention_mask,
@@ -451,8 +451,8 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             return
         if _values_are_known() and not (((labels >= 0) & (labels < self.num_labels)) | (labels == -100)).all():
             raise ValueError(
-                f"labels must be in [0, {self.num_labels}) or -100 to be ignored, got {labels.tolist()}: set num_labels "
-                "when loading the model."
+                f"labels must be in [0, {self.num_labels}) or -100 to be ignored, got {labels.tolist()}: set "
+                "num_labels when loading the model."
             )
 
 

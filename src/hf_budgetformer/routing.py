@@ -52,6 +52,7 @@ class GateLinear(nn.Linear):
         self.initial_std = 0.0 if zero_init else config.initializer_range / self.multiplier
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, in_features), at least float32 -> (B, out_features)."""
         weight = scaled(_in_full_precision(self.weight), self.multiplier)
         bias = None if self.bias is None else scaled(_in_full_precision(self.bias), self.multiplier)
         return F.linear(hidden, weight, bias)
