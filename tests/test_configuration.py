@@ -1,0 +1,133 @@
+"""The configuration: what it adopts, what it refuses, what survives a round trip."""
+
+import json
+import logging
+
+import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from transformers import AutoConfig, DistilBertConfig
+
+from conftest import STOCK, stock_config, stock_folder
+from hf_budgetformer import BudgetFormerConfig
+
+
+def test_to_dict_and_back_is_the_identity(backbone_type):
+    config = BudgetFormerConfig.from_backbone_config(
+        stock_config(backbone_type, classifier_dropout=0.3), head_budget=0.25, target_head_budget=None
+    )
+    again = BudgetFormerConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert (again.head_budget, again.target_head_budget, again.classifier_dropout) == (0.25, None, 0.3)
+
+
+def test_save_and_load_through_auto_config(backbone_type, tmp_path):
+    config = BudgetFormerConfig.from_backbone_config(stock_config(backbone_type), score_noise=0.7)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is BudgetFormerConfig
+    assert again.score_noise == 0.7
+    assert again.backbone_model_type == backbone_type
+
+
+def test_a_plain_config_is_adopted_with_all_its_fields_and_no_warning(backbone_type, tmp_path, caplog):
+    stock = stock_config(
+        backbone_type, hidden_act="relu", layer_norm_eps=1e-3, num_labels=2, id2label={0: "no", 1: "yes"}
+    )
+    stock.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("transformers").propagate = True
+        config = BudgetFormerConfig.from_pretrained(tmp_path, head_budget=0.5)
+    logging.getLogger("transformers").propagate = False
+    assert not caplog.records
+    assert config.model_type == "budgetformer"
+    assert config.backbone_model_type == backbone_type
+    assert config.head_budget == 0.5
+    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+                  "layer_norm_eps", "vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id",
+                  "type_vocab_size", "id2label", "label2id"):  # fmt: skip
+        assert getattr(config, field) == getattr(stock, field), field
+
+
+def test_a_checkpoint_of_2019_that_names_no_model_type_can_be_named(tmp_path):
+    stock_folder("bert", tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="bert"):
+        BudgetFormerConfig.from_pretrained(tmp_path)
+    assert BudgetFormerConfig.from_pretrained(tmp_path, backbone_model_type="bert").hidden_size == 16
+
+
+BAD_FIELDS = [
+    ("backbone_model_type", "gpt2", "'bert', 'roberta'"),
+    ("gate_type", "medium", "'hard' or 'soft'"),
+    ("head_budget", 0.0, r"\(0, 1\]"),
+    ("head_budget", 1.5, r"\(0, 1\]"),
+    ("head_budget", float("nan"), r"\(0, 1\]"),
+    ("head_budget", 3, r"\(0, 1\]"),
+    ("target_head_budget", -0.5, r"\(0, 1\]"),
+    ("budget_min", -0.1, r"\[0, 1\]"),
+    ("budget_max", 1.1, r"\[0, 1\]"),
+    ("budget_sampling", 2.0, r"\[0, 1\]"),
+    ("budget_loss_weight", -1.0, ">= 0"),
+    ("entropy_loss_weight", float("inf"), ">= 0"),
+    ("router_hidden_size", 0, ">= 1"),
+    ("router_lr_multiplier", 0.0, "> 0"),
+    ("initial_temperature", 0.0, "> 0"),
+    ("final_temperature", -1.0, "> 0"),
+    ("score_noise", -0.5, ">= 0"),
+    ("exploration_steps", -1, ">= 0"),
+    ("num_hidden_layers", 0, ">= 1"),
+    ("hidden_dropout_prob", 1.5, r"\[0, 1\]"),
+    ("layer_norm_eps", 0.0, "> 0"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), BAD_FIELDS)
+def test_a_bad_field_is_refused_by_name_value_and_range(field, value, allowed):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){field}.*{allowed}.*got {value!r}"):
+        BudgetFormerConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"hidden_size": 10, "num_attention_heads": 4}, "hidden_size.*num_attention_heads.*10.*4"),
+        ({"budget_min": 0.8, "budget_max": 0.2}, "budget_min.*budget_max.*0.8.*0.2"),
+        ({"target_head_budget": 0.95}, r"target_head_budget.*\[0.1, 0.9\].*0.95"),
+        ({"initial_temperature": 0.1}, "final_temperature.*initial_temperature.*0.3.*0.1"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, named):
+    with pytest.raises(StrictDataclassClassValidationError, match=f"(?s){named}"):
+        BudgetFormerConfig(**fields)
+
+
+def test_an_assignment_is_checked_too():
+    config = BudgetFormerConfig()
+    with pytest.raises(StrictDataclassFieldValidationError, match="head_budget"):
+        config.head_budget = 7.0
+    assert config.head_budget is None
+
+
+def test_an_unsupported_backbone_lists_the_supported(tmp_path):
+    DistilBertConfig().save_pretrained(tmp_path)
+    for build in (BudgetFormerConfig.from_backbone_config, lambda _: BudgetFormerConfig.from_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=r"'distilbert'.*\['bert', 'roberta'\]"):
+            build(DistilBertConfig())
+
+
+def test_a_decoder_is_refused():
+    with pytest.raises(ValueError, match="is_decoder must be False"):
+        BudgetFormerConfig.from_backbone_config(STOCK["bert"][0](is_decoder=True))
+
+
+def test_the_constructor_does_not_take_another_models_dictionary():
+    with pytest.raises(ValueError, match="from_backbone_config"):
+        BudgetFormerConfig(**stock_config("bert").to_dict())
+
+
+def test_every_router_field_is_documented():
+    documented = BudgetFormerConfig.__doc__.split("Args:")[1]
+    for field in BudgetFormerConfig().to_dict().keys() - stock_config("bert").to_dict().keys():
+        assert f"        {field}: " in documented, field
