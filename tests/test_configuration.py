@@ -61,6 +61,7 @@ def test_a_checkpoint_of_2019_that_names_no_model_type_can_be_named(tmp_path):
 BAD_FIELDS = [
     ("backbone_model_type", "gpt2", "'bert', 'roberta'"),
     ("gate_type", "medium", "'hard' or 'soft'"),
+    ("executor", "fast", "'auto', 'sparse', 'masked'"),
     ("head_budget", 0.0, r"\(0, 1\]"),
     ("head_budget", 1.5, r"\(0, 1\]"),
     ("head_budget", float("nan"), r"\(0, 1\]"),

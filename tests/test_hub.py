@@ -48,6 +48,7 @@ SHIPPED = {
     "configuration_budgetformer.py",
     "losses.py",
     "modeling_budgetformer.py",
+    "packing.py",
     "routing.py",
 }
 AUTO_MAP = {

@@ -18,10 +18,10 @@ BUDGETS = [0.25, 0.5, 0.75, 1.0]
 
 
 def with_budgetformer(backbone_type, folder, **kwargs):
-    """A stock classifier and the BudgetFormer built on its folder, both in eval mode."""
+    """A stock classifier and the BudgetFormer built on its folder, the reference path, both in eval mode."""
     stock_folder(backbone_type, folder)
     stock = STOCK[backbone_type][2].from_pretrained(folder, **kwargs).eval()
-    return stock, BudgetFormerForSequenceClassification.from_pretrained(folder, **kwargs).eval()
+    return stock, BudgetFormerForSequenceClassification.from_pretrained(folder, executor="masked", **kwargs).eval()
 
 
 # All gates open is the stock model
@@ -57,7 +57,7 @@ def test_every_problem_type_has_the_stock_loss(backbone_type, problem, tmp_path)
     }[problem]
     stock_folder(backbone_type, tmp_path, num_labels=1 if problem == "regression" else 3)
     stock = STOCK[backbone_type][2].from_pretrained(tmp_path).eval()
-    model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path).eval()
+    model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path, executor="masked").eval()
     batch = batch_of(LENGTHS, backbone_type)
     assert torch.equal(model(**batch, labels=labels, head_budget=1.0).loss, stock(**batch, labels=labels).loss)
     assert model.config.problem_type == problem
@@ -345,6 +345,7 @@ def test_every_parameter_gets_a_gradient_whether_a_budget_was_requested_or_not(b
         ({"inputs_embeds": torch.ones(4, 12, 16)}, ValueError, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": None}, ValueError, "exactly one of input_ids and inputs_embeds.*neither"),
         ({"budget": 0.5}, TypeError, r"\['budget'\]"),
+        ({"executor": "fast"}, ValueError, r"executor.*\['auto', 'sparse', 'masked'\], got 'fast'"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(arguments, error, named):

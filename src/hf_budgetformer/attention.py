@@ -1,9 +1,19 @@
-"""Self-attention whose heads can be closed, one by one, for each input."""
+"""Self-attention whose heads can be closed, one by one, for each input.
 
+Masked is the reference: it computes every head and multiplies. The sparse executors work on packed batches and compute
+open heads only, projections included; all give the same result.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers.models.bert.modeling_bert import BertSelfAttention
+
+from .packing import Packing, find_runs
 
 
 class GatedSelfAttention(BertSelfAttention):
@@ -36,3 +46,279 @@ class GatedSelfAttention(BertSelfAttention):
             heads = context.unflatten(-1, (self.num_attention_heads, self.attention_head_size))  # (B, L, H, d)
             context = (heads * gates[:, None, :, None].to(heads.dtype)).flatten(-2)  # (B, L, D)
         return context, weights
+
+    @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    padded_first: int = 0,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention core within each of the sequences that lie one after the other; neighbours of one length share a call.
+
+    Args:
+        query: (T, h, d).
+        key: (T, h, d).
+        value: (T, h, d).
+        lengths: Of the sequences; together T.
+        padded_first: How many of the last sequences begin with a token that is not attended to.
+        dropout: Of the attention weights.
+
+    Returns:
+        (T, h, d).
+    """
+    whole = len(lengths) - padded_first
+    runs = [(*run, 0) for run in find_runs(lengths[:whole])] + [(*run, 1) for run in find_runs(lengths[whole:])]
+    contexts, start = [], 0
+    for count, length, skipped in runs:
+        stop = start + count * length
+        q, k, v = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+        context = F.scaled_dot_product_attention(q, k[:, :, skipped:], v[:, :, skipped:], dropout_p=dropout)
+        contexts.append(context.transpose(1, 2).flatten(0, 1))  # (count * length, h, d)
+        start = stop
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+
+def attend_all_heads(
+    attention: GatedSelfAttention, output: nn.Linear, hidden: torch.Tensor, packing: Packing, gates: torch.Tensor | None
+) -> torch.Tensor:
+    """Computes every head of a packed batch, then gates: dense work, free of padding; trainable.
+
+    Args:
+        attention: The layer's self-attention.
+        output: The layer's output projection.
+        hidden: (T, D).
+        packing: Of the batch.
+        gates: (B, H) in packed order; None leaves all heads open.
+
+    Returns:
+        (T, D), the result of the output projection.
+    """
+    heads = (attention.num_attention_heads, attention.attention_head_size)
+    parts = [projection(hidden).unflatten(-1, heads) for projection in attention.projections]
+    dropout = attention.dropout.p if attention.training else 0.0
+    context = attend(*parts, packing.lengths, packing.padded_first, dropout)  # (T, H, d)
+    if gates is not None:
+        context = context * gates.to(context.dtype).index_select(0, packing.owners)[:, :, None]
+    return output(context.flatten(-2))
+
+
+class OpenHeads:
+    """The open heads of a packed batch, inputs with the same ones put together.
+
+    Args:
+        gates: (B, H) in packed order, 0 or 1.
+        rows: The same as lists.
+
+    Attributes:
+        gates: (B, H).
+        counts: Open heads of each input.
+        groups: For each set of heads, its heads (k,) int64 and the inputs that chose it, in packed order.
+    """
+
+    def __init__(self, gates: torch.Tensor, rows: list[list[float]]) -> None:
+        members: dict[tuple[float, ...], list[int]] = {}
+        for index, row in enumerate(rows):
+            members.setdefault(tuple(row), []).append(index)
+        sets = [[head for head, gate in enumerate(row) if gate] for row in members]
+        flat = torch.tensor([head for heads in sets for head in heads], device=gates.device)
+        self.gates = gates
+        self.counts = [int(sum(row)) for row in rows]
+        self.groups = list(zip(flat.split([len(heads) for heads in sets]), members.values(), strict=True))
+
+
+def attend_by_group(
+    attention: GatedSelfAttention, output: nn.Linear, hidden: torch.Tensor, packing: Packing, open_heads: OpenHeads
+) -> torch.Tensor:
+    """Computes open heads only, set by set: the weights of a set are gathered once, for all inputs that chose it.
+
+    A batch that agrees is one group: one slice of the weights and plain attention. Arguments and result as in
+    `attend_all_heads`.
+    """
+    size, width = attention.attention_head_size, hidden.shape[-1]
+    weights = [x.weight.view(-1, size * width) for x in attention.projections]
+    biases = [x.bias.view(-1, size) for x in attention.projections]
+    columns = output.weight.view(width, -1, size)
+    starts = [0, *accumulate(packing.lengths)]
+    whole = len(packing.lengths) - packing.padded_first
+    result = torch.empty_like(hidden)
+    for heads, inputs in open_heads.groups:
+        lengths = [packing.lengths[index] for index in inputs]
+        spans = [slice(starts[index], starts[index + 1]) for index in inputs]
+        if inputs[-1] - inputs[0] + 1 == len(inputs):
+            spans, pieces = [slice(spans[0].start, spans[-1].stop)], [sum(lengths)]
+        else:
+            pieces = lengths
+        tokens = hidden[spans[0]] if len(spans) == 1 else torch.cat([hidden[span] for span in spans])
+        parts = [
+            F.linear(tokens, weight.index_select(0, heads).view(-1, width), bias.index_select(0, heads).view(-1))
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+        padded_first = sum(index >= whole for index in inputs)
+        context = attend(*(x.unflatten(-1, (-1, size)) for x in parts), lengths, padded_first).flatten(-2)
+        weight = columns.index_select(1, heads).view(width, -1)
+        if len(spans) == 1:
+            torch.addmm(output.bias, context, weight.t(), out=result[spans[0]])
+        else:
+            for span, piece in zip(spans, F.linear(context, weight, output.bias).split(pieces), strict=True):
+                result[span] = piece
+    return result
+
+
+def attend_by_head(
+    attention: GatedSelfAttention, output: nn.Linear, hidden: torch.Tensor, packing: Packing, open_heads: OpenHeads
+) -> torch.Tensor:
+    """Computes open heads only, projecting head by head: the tokens of all inputs that keep a head are gathered once.
+
+    As mixture-of-experts layers do; for many short inputs that chose different heads. Arguments and result as in
+    `attend_all_heads`.
+    """
+    size, width = attention.attention_head_size, hidden.shape[-1]
+    lengths = torch.tensor(packing.lengths, device=hidden.device)
+    opened = open_heads.gates.t() != 0  # (H, B)
+    spans = opened * lengths  # (H, B), tokens of each pair of a head and an input
+    sizes = spans.sum(-1).tolist()
+    tokens = opened.index_select(1, packing.owners).nonzero()[:, 1].split(sizes)
+    weights = [x.weight.view(-1, size, width) for x in attention.projections]
+    biases = torch.cat([x.bias.view(-1, size) for x in attention.projections], dim=1)  # (H, 3 d)
+    by_head = hidden.new_empty(sum(sizes), 3 * size)
+    for head, place in enumerate(by_head.split(sizes)):
+        if sizes[head]:
+            weight = torch.cat([x[head] for x in weights])  # (3 d, D)
+            torch.addmm(biases[head], hidden.index_select(0, tokens[head]), weight.t(), out=place)
+
+    starts = spans.flatten().cumsum(0).view_as(spans) - spans
+    starts, spans = starts.t()[opened.t()], spans.t()[opened.t()]  # (pairs,), now input by input
+    moved = (starts - (spans.cumsum(0) - spans)).repeat_interleave(spans)
+    by_input = by_head.index_select(0, moved + torch.arange(len(by_head), device=hidden.device))
+
+    counts = open_heads.counts
+    pairs = [length for length, count in zip(packing.lengths, counts, strict=True) for _ in range(count)]
+    padded_first = sum(counts[len(counts) - packing.padded_first :])
+    context = attend(*by_input.view(-1, 3, 1, size).unbind(1), pairs, padded_first)  # (tokens of pairs, 1, d)
+
+    columns = output.weight.view(width, -1, size)
+    pieces = context.split([length * count for length, count in zip(packing.lengths, counts, strict=True)])
+    result = torch.empty_like(hidden)
+    places = result.split(packing.lengths)
+    for heads, inputs in open_heads.groups:
+        weight = columns.index_select(1, heads).view(width, -1).t()
+        for index in inputs:
+            joined = pieces[index].view(len(heads), -1, size).transpose(0, 1).flatten(1)  # (L, k d)
+            torch.addmm(output.bias, joined, weight, out=places[index])
+    return result
+
+
+EXECUTORS = {"all_heads": attend_all_heads, "by_group": attend_by_group, "by_head": attend_by_head}
+
+# Microseconds on one thread for each GFLOP of matrix products, GFLOP of attention cores, million numbers of weights
+# gathered, million numbers of tokens gathered, and call. Fitted by benchmarks/calibrate.py; only ratios matter.
+_COSTS = (12_000.0, 20_000.0, 700.0, 700.0, 5.0)
+
+
+def executor_work(lengths: Sequence[int], open_heads: OpenHeads, heads: int, size: int) -> dict[str, tuple[float, ...]]:
+    """What each executor would have to do for one layer, in the units of its cost model.
+
+    Args:
+        lengths: Tokens of each input.
+        open_heads: What the router chose.
+        heads: Number of heads H.
+        size: Of a head, d.
+
+    Returns:
+        For each name in `EXECUTORS`: GFLOP of products, GFLOP of cores, million numbers of weights gathered, million
+        numbers of tokens gathered, calls.
+    """
+    width = heads * size
+    counts, tokens = open_heads.counts, sum(lengths)
+    pairs = sum(count * length for count, length in zip(counts, lengths, strict=True))
+    core = 4e-9 * size * sum(count * length * length for count, length in zip(counts, lengths, strict=True))
+    product = 8e-9 * size * width * pairs
+    every_product, every_core = 8e-9 * width * width * tokens, 4e-9 * width * sum(n * n for n in lengths)
+    stretches = len(set(lengths))
+
+    gathered, moved, calls = 0, 0, 0
+    for chosen, inputs in open_heads.groups:
+        gathered += len(chosen)
+        calls += 14 + 5 * len({lengths[index] for index in inputs})
+        if inputs[-1] - inputs[0] + 1 != len(inputs):
+            moved += 2 * width * sum(lengths[index] for index in inputs)
+            calls += 3 * len(inputs)
+    per_head = size * width / 1e6
+    return {
+        "all_heads": (every_product, every_core, 4 * heads * per_head, tokens * width / 1e6, 10 + 5 * stretches),
+        "by_group": (product, core, 4 * gathered * per_head, moved / 1e6, calls),
+        "by_head": (
+            product,
+            core,
+            (3 * heads + gathered) * per_head,
+            pairs * (width + 8 * size) / 1e6,
+            25 + 5 * heads + 5 * stretches + 5 * len(lengths),
+        ),
+    }
+
+
+def choose_executor(
+    lengths: Sequence[int], open_heads: OpenHeads, heads: int, size: int, threads: int, sparse: bool = False
+) -> str:
+    """The cheapest executor for one layer by a linear cost model.
+
+    Args:
+        lengths: Tokens of each input.
+        open_heads: What the router chose.
+        heads: Number of heads H.
+        size: Of a head, d.
+        threads: That share the matrix products and cores.
+        sparse: Whether closed heads must not be computed, whatever it costs.
+
+    Returns:
+        A key of `EXECUTORS`.
+    """
+    costs = (_COSTS[0] / threads, _COSTS[1] / threads, *_COSTS[2:])
+    estimates = {
+        name: sum(cost * amount for cost, amount in zip(costs, work, strict=True))
+        for name, work in executor_work(lengths, open_heads, heads, size).items()
+        if not (sparse and name == "all_heads")
+    }
+    return min(estimates, key=estimates.__getitem__)
+
+
+def gated_attention(
+    attention: GatedSelfAttention,
+    output: nn.Linear,
+    hidden: torch.Tensor,
+    packing: Packing,
+    gates: torch.Tensor,
+    executor: str = "auto",
+) -> torch.Tensor:
+    """Attention of a packed batch by the cheapest executor; all heads are computed where gradients are needed.
+
+    Args:
+        attention: The layer's self-attention.
+        output: The layer's output projection.
+        hidden: (T, D).
+        packing: Of the batch.
+        gates: (B, H) in packed order.
+        executor: "auto", or "sparse" to compute open heads only, whatever it costs.
+
+    Returns:
+        (T, D), the result of the output projection.
+    """
+    if attention.training or torch.is_grad_enabled():
+        return attend_all_heads(attention, output, hidden, packing, gates)
+    rows = gates.tolist()
+    heads, size = attention.num_attention_heads, attention.attention_head_size
+    sparse = executor == "sparse"
+    if not sparse and all(sum(row) == heads for row in rows):
+        return attend_all_heads(attention, output, hidden, packing, None)
+    open_heads = OpenHeads(gates, rows)
+    name = choose_executor(packing.lengths, open_heads, heads, size, torch.get_num_threads(), sparse)
+    chosen: Any = gates if name == "all_heads" else open_heads
+    return EXECUTORS[name](attention, output, hidden, packing, chosen)

@@ -10,6 +10,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from .backbones import BACKBONES
 
 
+EXECUTOR_CHOICES = ("auto", "sparse", "masked")
+
 # Of a decoder's configuration nothing applies here; identity belongs to the model that is built, not to its origin.
 _NOT_ADOPTED = ("model_type", "architectures", "transformers_version", "auto_map", "use_cache", "_name_or_path")
 
@@ -85,6 +87,9 @@ class BudgetFormerConfig(PreTrainedConfig):
         final_temperature: Temperature > 0 they anneal to, at most `initial_temperature`. Default 0.3.
         score_noise: Scale >= 0 of the Gumbel noise on the scores when training starts; it anneals to none.
             Default 1.5.
+        executor: How closed heads are treated at inference: "auto" (skipped where that is faster), "sparse" (always
+            skipped), or "masked" (computed and multiplied by zero: the reference). Training and recorded attentions
+            compute every head whichever is set. Default "auto".
         exploration_steps: Number >= 0 of training forward passes from exploration to exploitation, that is until
             temperature and noise reach their final values. With gradient accumulation a pass is a micro-batch.
             Default 500.
@@ -138,6 +143,7 @@ class BudgetFormerConfig(PreTrainedConfig):
     final_temperature: float | int = _positive(0.3)
     score_noise: float | int = _not_negative(1.5)
     exploration_steps: int = _count(500, least=0)
+    executor: str = _checked(f"one of {list(EXECUTOR_CHOICES)}", lambda v: v in EXECUTOR_CHOICES, "auto")
 
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("model_type", self.model_type) != self.model_type:

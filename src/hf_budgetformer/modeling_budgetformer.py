@@ -14,11 +14,12 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import GatedSelfAttention
+from .attention import GatedSelfAttention, gated_attention
 from .backbones import BACKBONES, max_input_length
-from .configuration_budgetformer import BudgetFormerConfig, is_share
+from .configuration_budgetformer import EXECUTOR_CHOICES, BudgetFormerConfig, is_share
 from .losses import attach_loss, budget_distance, budget_hinge, score_entropy
-from .routing import ExplorationSchedule, GateLinear, HeadRouter, OwnBudget, pool_tokens
+from .packing import Packing, find_packing
+from .routing import ExplorationSchedule, GateLinear, HeadRouter, OwnBudget, pool_packed_tokens, pool_tokens
 
 
 # Sent along by Trainer, pipelines and decorators; none of them changes what an encoder computes.
@@ -172,6 +173,19 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
+@dataclass(frozen=True)
+class PaddedLayout:
+    """What a padded batch needs beside its hidden states.
+
+    Args:
+        attention_mask: As the attention implementation wants it.
+        token_mask: (B, L), 1 for real tokens.
+    """
+
+    attention_mask: torch.Tensor | None
+    token_mask: torch.Tensor
+
+
 class BudgetFormerLayer(BertLayer):
     """Stock transformer layer whose attention is gated by a router of its own."""
 
@@ -183,8 +197,8 @@ class BudgetFormerLayer(BertLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        token_mask: torch.Tensor,
+        layout: "PaddedLayout | Packing",
+        executor: str,
         budget_logit: torch.Tensor,
         temperature: torch.Tensor,
         noise: torch.Tensor,
@@ -192,23 +206,30 @@ class BudgetFormerLayer(BertLayer):
         """Routes, attends and feeds forward. Keeps nothing: under gradient checkpointing it runs twice.
 
         Args:
-            hidden_states: (B, L, D).
-            attention_mask: As the attention implementation wants it.
-            token_mask: (B, L), 1 for real tokens.
+            hidden_states: (B, L, D), or packed (T, D).
+            layout: The batch's masks, or its packing.
+            executor: Of a packed batch, see `gated_attention`.
             budget_logit: (B,), logit of the budget asked for.
             temperature: Scalar.
             noise: Scalar.
 
         Returns:
-            hidden states (B, L, D), gates (B, H), budget (B,), scores (B, H).
+            hidden states as they came, gates (B, H), budget (B,), scores (B, H).
         """
-        gates, budget, scores = self.router(pool_tokens(hidden_states, token_mask), budget_logit, temperature, noise)
-        context, _ = self.attention.self(hidden_states, attention_mask, gates=gates)
-        attended = self.attention.output(context, hidden_states)
-        output = apply_chunking_to_forward(
-            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, attended
+        output = self.attention.output
+        if isinstance(layout, Packing):
+            pooled = pool_packed_tokens(hidden_states, layout)
+            gates, budget, scores = self.router(pooled, budget_logit, temperature, noise)
+            projected = gated_attention(self.attention.self, output.dense, hidden_states, layout, gates, executor)
+            attended = output.LayerNorm(output.dropout(projected) + hidden_states)
+            return self.feed_forward_chunk(attended), gates, budget, scores
+        pooled = pool_tokens(hidden_states, layout.token_mask)
+        gates, budget, scores = self.router(pooled, budget_logit, temperature, noise)
+        context, _ = self.attention.self(hidden_states, layout.attention_mask, gates=gates)
+        fed_forward = apply_chunking_to_forward(
+            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, output(context, hidden_states)
         )
-        return output, gates, budget, scores
+        return fed_forward, gates, budget, scores
 
 
 class BudgetFormerEncoder(nn.Module):
@@ -221,10 +242,10 @@ class BudgetFormerEncoder(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *shared: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states (B, L, D) and whatever every layer takes beside them.
+        """Hidden states (B, L, D) or (T, D), and whatever every layer takes beside them.
 
         Returns:
-            hidden states (B, L, D), gates (B, layers, H), budgets (B, layers), scores (B, layers, H).
+            hidden states as they came, gates (B, layers, H), budgets (B, layers), scores (B, layers, H).
         """
         routed = []
         for layer in self.layer:
@@ -265,7 +286,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         """Replaces the word embeddings."""
         self.embeddings.word_embeddings = value
 
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -275,6 +296,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         head_budget: float | torch.Tensor | None = None,
         output_head_gates: bool = False,
+        executor: str | None = None,
         **kwargs: Any,
     ) -> BudgetFormerModelOutput:
         """Encodes a batch, running only the heads the routers open.
@@ -288,6 +310,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             head_budget: Share of all heads asked for, a float in (0, 1] or a float tensor (B,); it is spread over the
                 layers as the routers see fit. None: `config.head_budget`, or else the model's own.
             output_head_gates: Whether to return `head_gates`.
+            executor: "auto", "sparse" or "masked", see [`BudgetFormerConfig`]; None: `config.executor`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
 
         Raises:
@@ -303,14 +326,55 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         hidden_states = self.embeddings(
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
         )
-        token_mask = hidden_states.new_ones(batch, length) if attention_mask is None else attention_mask
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        packing = None
+        executor = self._check_executor(executor)
+        if executor != "masked" and self._can_pack(kwargs):
+            packing = find_packing(attention_mask, (batch, length), hidden_states.device)
+        outputs = self._encode(hidden_states, attention_mask, packing, executor, requested, **kwargs)
+        if packing is not None and outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(x if x.dim() == 3 else packing.unpack(x) for x in outputs.hidden_states)
+        outputs.head_gates = outputs.head_gates if output_head_gates else None
+        return outputs
+
+    def _check_executor(self, executor: str | None) -> str:
+        if executor is None:
+            return self.config.executor
+        if executor not in EXECUTOR_CHOICES:
+            raise ValueError(f"executor must be one of {list(EXECUTOR_CHOICES)}, got {executor!r}.")
+        return executor
+
+    def _can_pack(self, asked: dict[str, Any]) -> bool:
+        recorded = asked.get("output_attentions", getattr(self.config, "output_attentions", False))
+        return _values_are_known() and self.config._attn_implementation == "sdpa" and not recorded
+
+    @capture_outputs
+    def _encode(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packing: Packing | None,
+        executor: str,
+        requested: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> BudgetFormerModelOutput:
+        batch, length = hidden_states.shape[:2]
         learning = self.training and torch.is_grad_enabled()
         budget_logit, target, sampled = self._ask(requested, batch, learning)
         temperature, noise = self.exploration()
+        layout: PaddedLayout | Packing
+        if packing is None:
+            token_mask = hidden_states.new_ones(batch, length) if attention_mask is None else attention_mask
+            mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
+            layout = PaddedLayout(mask, token_mask)
+        else:
+            layout, hidden_states, budget_logit = packing, packing.pack(hidden_states), packing.sort(budget_logit)
         hidden_states, gates, budgets, scores = self.encoder(
-            hidden_states, mask, token_mask, budget_logit, temperature, noise
+            hidden_states, layout, executor, budget_logit, temperature, noise
         )
+        if packing is not None:
+            hidden_states, gates = packing.unpack(hidden_states), packing.unsort(gates)
         aux_loss = None
         if learning:
             aux_loss = self._aux_loss(budgets, scores, target, sampled, temperature)
@@ -319,7 +383,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             last_hidden_state=hidden_states,
             pooler_output=None if self.pooler is None else self.pooler(hidden_states),
             head_budget=gates.detach().mean((1, 2)),
-            head_gates=gates if output_head_gates else None,
+            head_gates=gates,
             aux_loss=aux_loss,
         )
 
@@ -394,6 +458,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         labels: torch.Tensor | None = None,
         head_budget: float | torch.Tensor | None = None,
         output_head_gates: bool = False,
+        executor: str | None = None,
         **kwargs: Any,
     ) -> BudgetFormerClassifierOutput:
         """Classifies a batch; arguments and errors as in [`BudgetFormerModel.forward`], and labels.
@@ -408,6 +473,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
                 (B, num_labels) float for several, (B,) float for a regression with num_labels=1.
             head_budget: Share of all heads asked for, a float in (0, 1] or a float tensor (B,).
             output_head_gates: Whether to return `head_gates`.
+            executor: "auto", "sparse" or "masked", see [`BudgetFormerConfig`]; None: `config.executor`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
         """
         if labels is not None:
@@ -421,6 +487,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             inputs_embeds=inputs_embeds,
             head_budget=head_budget,
             output_head_gates=output_head_gates,
+            executor=executor,
             return_dict=True,
             **kwargs,
         )

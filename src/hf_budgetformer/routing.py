@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .packing import Packing
+
 
 # Keeps a share such as 5/8 of 4 heads from being decided by the last bit of a sigmoid, which may differ between the
 # rows of a batch.
@@ -119,6 +121,19 @@ def pool_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.
     weights = token_mask.to(hidden_states.dtype)
     total = torch.bmm(weights[:, None, :], hidden_states)[:, 0]  # (B, D)
     return F.layer_norm(total / weights.sum(-1, keepdim=True).clamp(min=1.0), hidden_states.shape[-1:])
+
+
+def pool_packed_tokens(hidden_states: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """As `pool_tokens`, of a packed batch: (T, D) -> (B, D), at least float32, in packed order."""
+    hidden_states = _in_full_precision(hidden_states.detach())
+    total = hidden_states.new_zeros(len(packing.lengths), hidden_states.shape[-1])
+    total.index_add_(0, packing.owners, hidden_states)
+    counts = total.new_tensor(packing.lengths)[:, None]
+    if packing.padded_first:
+        first = torch.cumsum(counts[:, 0], 0).long() - counts[:, 0].long()
+        total[-packing.padded_first :] -= hidden_states[first[-packing.padded_first :]]
+        counts[-packing.padded_first :] -= 1.0
+    return F.layer_norm(total / counts.clamp(min=1.0), hidden_states.shape[-1:])
 
 
 def rank_heads(scores: torch.Tensor) -> torch.Tensor:
