@@ -1,4 +1,4 @@
-"""Packing and the sparse executors against the masked reference, in outputs and gradients, and what they really compute."""
+"""Packing and the sparse executors against the masked reference: outputs, gradients, and what they really compute."""
 
 import copy
 import random

@@ -210,7 +210,8 @@ def test_it_trains_under(arguments, backbone_type, tokenizer, tokenized, tmp_pat
     set_seed(0)
     model = budgetformer(backbone_type, head_budget=0.5)
     trainer = trainer_for(
-        model, tmp_path, tokenizer, tokenized, max_steps=60, learning_rate=4e-3, callbacks=[BudgetCallback()], **arguments
+        model, tmp_path, tokenizer, tokenized, max_steps=60, learning_rate=4e-3,
+        callbacks=[BudgetCallback()], **arguments,
     )  # fmt: skip
     trainer.train()
     losses = logged(trainer, "task_loss")
