@@ -4,7 +4,10 @@ BIN := $(VENV)/bin
 # The CPU build, by exact pin: a plain requirement would download gigabytes of GPU libraries.
 TORCH ?= torch==2.13.0
 
-.PHONY: test demo quality style clean
+# A folder of <name>/test.parquet with ag_news and imdb, for bench-full.
+DATA ?=
+
+.PHONY: test demo bench bench-full quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +21,15 @@ test: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_text_classification.py $(DEMO_ARGS)
+
+bench: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py benchmarks/experiments/quick/*.json --output build/benchmarks/results
+	$(BIN)/python benchmarks/report.py build/benchmarks/results build/benchmarks
+
+bench-full: $(VENV)/.installed
+	@test -n "$(DATA)" || { echo 'usage: make bench-full DATA=folder [BENCH_ARGS="--checkpoint folder --resume"]'; exit 2; }
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py benchmarks/experiments/*.json --data "$(DATA)" $(BENCH_ARGS)
+	$(BIN)/python benchmarks/report.py
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ Masked is the reference: it computes every head and multiplies. The sparse execu
 open heads only, projections included; all give the same result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -54,9 +54,7 @@ class GatedSelfAttention(BertSelfAttention):
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    parts: Sequence[torch.Tensor],
     lengths: Sequence[int],
     padded_first: int = 0,
     dropout: float = 0.0,
@@ -64,9 +62,7 @@ def attend(
     """Attention core within each of the sequences that lie one after the other; neighbours of one length share a call.
 
     Args:
-        query: (T, h, d).
-        key: (T, h, d).
-        value: (T, h, d).
+        parts: Query, key and value, each (T, h, d).
         lengths: Of the sequences; together T.
         padded_first: How many of the last sequences begin with a token that is not attended to.
         dropout: Of the attention weights.
@@ -79,7 +75,7 @@ def attend(
     contexts, start = [], 0
     for count, length, skipped in runs:
         stop = start + count * length
-        q, k, v = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in parts)
         context = F.scaled_dot_product_attention(q, k[:, :, skipped:], v[:, :, skipped:], dropout_p=dropout)
         contexts.append(context.transpose(1, 2).flatten(0, 1))  # (count * length, h, d)
         start = stop
@@ -104,7 +100,7 @@ def attend_all_heads(
     heads = (attention.num_attention_heads, attention.attention_head_size)
     parts = [projection(hidden).unflatten(-1, heads) for projection in attention.projections]
     dropout = attention.dropout.p if attention.training else 0.0
-    context = attend(*parts, packing.lengths, packing.padded_first, dropout)  # (T, H, d)
+    context = attend(parts, packing.lengths, packing.padded_first, dropout)  # (T, H, d)
     if gates is not None:
         context = context * gates.to(context.dtype).index_select(0, packing.owners)[:, :, None]
     return output(context.flatten(-2))
@@ -162,7 +158,7 @@ def attend_by_group(
             for weight, bias in zip(weights, biases, strict=True)
         ]
         padded_first = sum(index >= whole for index in inputs)
-        context = attend(*(x.unflatten(-1, (-1, size)) for x in parts), lengths, padded_first).flatten(-2)
+        context = attend([x.unflatten(-1, (-1, size)) for x in parts], lengths, padded_first).flatten(-2)
         weight = columns.index_select(1, heads).view(width, -1)
         if len(spans) == 1:
             torch.addmm(output.bias, context, weight.t(), out=result[spans[0]])
@@ -202,7 +198,7 @@ def attend_by_head(
     counts = open_heads.counts
     pairs = [length for length, count in zip(packing.lengths, counts, strict=True) for _ in range(count)]
     padded_first = sum(counts[len(counts) - packing.padded_first :])
-    context = attend(*by_input.view(-1, 3, 1, size).unbind(1), pairs, padded_first)  # (tokens of pairs, 1, d)
+    context = attend(by_input.view(-1, 3, 1, size).unbind(1), pairs, padded_first)  # (tokens of pairs, 1, d)
 
     columns = output.weight.view(width, -1, size)
     pieces = context.split([length * count for length, count in zip(packing.lengths, counts, strict=True)])
@@ -216,7 +212,7 @@ def attend_by_head(
     return result
 
 
-EXECUTORS = {"all_heads": attend_all_heads, "by_group": attend_by_group, "by_head": attend_by_head}
+EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {"all_heads": attend_all_heads, "by_group": attend_by_group, "by_head": attend_by_head}
 
 # Microseconds on one thread for each GFLOP of matrix products, GFLOP of attention cores, million numbers of weights
 # gathered, million numbers of tokens gathered, and call. Fitted by benchmarks/calibrate.py; only ratios matter.

