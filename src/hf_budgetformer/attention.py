@@ -212,7 +212,11 @@ def attend_by_head(
     return result
 
 
-EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {"all_heads": attend_all_heads, "by_group": attend_by_group, "by_head": attend_by_head}
+EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {
+    "all_heads": attend_all_heads,
+    "by_group": attend_by_group,
+    "by_head": attend_by_head,
+}
 
 # Microseconds on one thread for each GFLOP of matrix products, GFLOP of attention cores, million numbers of weights
 # gathered, million numbers of tokens gathered, and call. Fitted by benchmarks/calibrate.py; only ratios matter.
