@@ -17,7 +17,7 @@ from hf_budgetformer.attention import (
     OpenHeads,
     attend_all_heads,
     attend_by_group,
-    attend_by_head,
+    attend_by_pair,
     choose_executor,
 )
 from hf_budgetformer.packing import find_packing, find_runs
@@ -49,7 +49,7 @@ def run_executors(layer, hidden, mask, gates):
     packing = find_packing(mask, hidden.shape[:2], hidden.device)
     sorted_gates = packing.sort(gates)
     open_heads = OpenHeads(sorted_gates, sorted_gates.tolist())
-    chosen = {"all_heads": sorted_gates, "by_group": open_heads, "by_head": open_heads}
+    chosen = {"all_heads": sorted_gates, "by_group": open_heads, "by_pair": open_heads}
     packed = packing.pack(hidden)
     kept = mask.bool().clone()
     kept[:, 0] = True
@@ -301,7 +301,7 @@ def test_the_masked_path_runs_no_packed_executor(ran, asked):
         (1, 512, 3, True, {"by_group"}),
         (16, 128, 3, True, {"by_group"}),
         (8, 512, 3, False, {"by_group"}),
-        (32, 32, 3, False, {"by_head"}),
+        (32, 32, 3, False, {"by_pair"}),
         (32, 32, 11, False, {"all_heads"}),
         (32, 16, 10, False, {"all_heads"}),
     ],
@@ -319,7 +319,7 @@ def flops_of(run):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("run", [attend_by_group, attend_by_head])
+@pytest.mark.parametrize("run", [attend_by_group, attend_by_pair])
 def test_closed_heads_cost_nothing(layer, run):
     """Contract 4 for the attention block: work falls with the sum over inputs of open heads times tokens."""
     generator = torch.Generator().manual_seed(0)

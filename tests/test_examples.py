@@ -69,7 +69,7 @@ def rows_of(table):
     found = {}
     for line in table.splitlines():
         if line.endswith("%"):
-            name, accuracy, heads = line.rsplit(maxsplit=2)
+            name, accuracy, _, heads = line.rsplit(maxsplit=3)
             found[name] = (float(accuracy), float(heads.rstrip("%")) / 100)
     return found
 

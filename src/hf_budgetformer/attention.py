@@ -114,20 +114,25 @@ class OpenHeads:
         rows: The same as lists.
 
     Attributes:
-        gates: (B, H).
         counts: Open heads of each input.
         groups: For each set of heads, its heads (k,) int64 and the inputs that chose it, in packed order.
+        members: For each head, the inputs that keep it, each with the number of that pair, counted input by input.
     """
 
     def __init__(self, gates: torch.Tensor, rows: list[list[float]]) -> None:
-        members: dict[tuple[float, ...], list[int]] = {}
+        agreeing: dict[tuple[float, ...], list[int]] = {}
+        self.members: list[list[tuple[int, int]]] = [[] for _ in rows[0]]
+        pairs = 0
         for index, row in enumerate(rows):
-            members.setdefault(tuple(row), []).append(index)
-        sets = [[head for head, gate in enumerate(row) if gate] for row in members]
+            agreeing.setdefault(tuple(row), []).append(index)
+            for head, gate in enumerate(row):
+                if gate:
+                    self.members[head].append((index, pairs))
+                    pairs += 1
+        sets = [[head for head, gate in enumerate(row) if gate] for row in agreeing]
         flat = torch.tensor([head for heads in sets for head in heads], device=gates.device)
-        self.gates = gates
         self.counts = [int(sum(row)) for row in rows]
-        self.groups = list(zip(flat.split([len(heads) for heads in sets]), members.values(), strict=True))
+        self.groups = list(zip(flat.split([len(heads) for heads in sets]), agreeing.values(), strict=True))
 
 
 def attend_by_group(
@@ -140,7 +145,7 @@ def attend_by_group(
     """
     size, width = attention.attention_head_size, hidden.shape[-1]
     weights = [x.weight.view(-1, size * width) for x in attention.projections]
-    biases = [x.bias.view(-1, size) for x in attention.projections]
+    biases = torch.stack([x.bias.view(-1, size) for x in attention.projections])  # (3, H, d)
     columns = output.weight.view(width, -1, size)
     starts = [0, *accumulate(packing.lengths)]
     whole = len(packing.lengths) - packing.padded_first
@@ -153,12 +158,12 @@ def attend_by_group(
         else:
             pieces = lengths
         tokens = hidden[spans[0]] if len(spans) == 1 else torch.cat([hidden[span] for span in spans])
-        parts = [
-            F.linear(tokens, weight.index_select(0, heads).view(-1, width), bias.index_select(0, heads).view(-1))
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
+        gathered = hidden.new_empty(3, len(heads), size * width)
+        for place, weight in zip(gathered, weights, strict=True):
+            torch.index_select(weight, 0, heads, out=place)
+        parts = F.linear(tokens, gathered.view(-1, width), biases.index_select(1, heads).flatten())
         padded_first = sum(index >= whole for index in inputs)
-        context = attend([x.unflatten(-1, (-1, size)) for x in parts], lengths, padded_first).flatten(-2)
+        context = attend(parts.unflatten(-1, (3, -1, size)).unbind(1), lengths, padded_first).flatten(-2)
         weight = columns.index_select(1, heads).view(width, -1)
         if len(spans) == 1:
             torch.addmm(output.bias, context, weight.t(), out=result[spans[0]])
@@ -168,59 +173,50 @@ def attend_by_group(
     return result
 
 
-def attend_by_head(
+def attend_by_pair(
     attention: GatedSelfAttention, output: nn.Linear, hidden: torch.Tensor, packing: Packing, open_heads: OpenHeads
 ) -> torch.Tensor:
-    """Computes open heads only, projecting head by head: the tokens of all inputs that keep a head are gathered once.
+    """Computes open heads only, one pair of an input and a head at a time, on views: nothing is gathered.
 
-    As mixture-of-experts layers do; for many short inputs that chose different heads. Arguments and result as in
-    `attend_all_heads`.
+    For inputs that chose different heads. The cores of neighbours of one length share a call, however many heads each
+    of them opened. Arguments and result as in `attend_all_heads`.
     """
     size, width = attention.attention_head_size, hidden.shape[-1]
-    lengths = torch.tensor(packing.lengths, device=hidden.device)
-    opened = open_heads.gates.t() != 0  # (H, B)
-    spans = opened * lengths  # (H, B), tokens of each pair of a head and an input
-    sizes = spans.sum(-1).tolist()
-    tokens = opened.index_select(1, packing.owners).nonzero()[:, 1].split(sizes)
     weights = [x.weight.view(-1, size, width) for x in attention.projections]
     biases = torch.cat([x.bias.view(-1, size) for x in attention.projections], dim=1)  # (H, 3 d)
-    by_head = hidden.new_empty(sum(sizes), 3 * size)
-    for head, place in enumerate(by_head.split(sizes)):
-        if sizes[head]:
-            weight = torch.cat([x[head] for x in weights])  # (3 d, D)
-            torch.addmm(biases[head], hidden.index_select(0, tokens[head]), weight.t(), out=place)
+    lengths, counts = packing.lengths, open_heads.counts
+    pairs = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]  # input by input
+    tokens = hidden.split(lengths)
+    projected = hidden.new_empty(sum(pairs), 3 * size)
+    places = projected.split(pairs)
+    for head, members in enumerate(open_heads.members):
+        if members:  # one head after the other, so that its weights stay in the cache
+            weight = torch.cat([x[head] for x in weights]).t()  # (D, 3 d)
+            for index, pair in members:
+                torch.addmm(biases[head], tokens[index], weight, out=places[pair])
 
-    starts = spans.flatten().cumsum(0).view_as(spans) - spans
-    starts, spans = starts.t()[opened.t()], spans.t()[opened.t()]  # (pairs,), now input by input
-    moved = (starts - (spans.cumsum(0) - spans)).repeat_interleave(spans)
-    by_input = by_head.index_select(0, moved + torch.arange(len(by_head), device=hidden.device))
-
-    counts = open_heads.counts
-    pairs = [length for length, count in zip(packing.lengths, counts, strict=True) for _ in range(count)]
     padded_first = sum(counts[len(counts) - packing.padded_first :])
-    context = attend(by_input.view(-1, 3, 1, size).unbind(1), pairs, padded_first)  # (tokens of pairs, 1, d)
-
-    columns = output.weight.view(width, -1, size)
-    pieces = context.split([length * count for length, count in zip(packing.lengths, counts, strict=True)])
-    result = torch.empty_like(hidden)
-    places = result.split(packing.lengths)
-    for heads, inputs in open_heads.groups:
-        weight = columns.index_select(1, heads).view(width, -1).t()
-        for index in inputs:
-            joined = pieces[index].view(len(heads), -1, size).transpose(0, 1).flatten(1)  # (L, k d)
-            torch.addmm(output.bias, joined, weight, out=places[index])
+    context = attend(projected.view(-1, 3, 1, size).unbind(1), pairs, padded_first)
+    contexts = context[:, 0].split(pairs)  # each (L, d)
+    result = output.bias.repeat(len(hidden), 1)
+    results = result.split(lengths)
+    for members, weight in zip(open_heads.members, output.weight.t().split(size), strict=True):
+        for index, pair in members:
+            torch.addmm(results[index], contexts[pair], weight, out=results[index])
     return result
 
 
 EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {
     "all_heads": attend_all_heads,
     "by_group": attend_by_group,
-    "by_head": attend_by_head,
+    "by_pair": attend_by_pair,
 }
 
 # Microseconds on one thread for each GFLOP of matrix products, GFLOP of attention cores, million numbers of weights
 # gathered, million numbers of tokens gathered, and call. Fitted by benchmarks/calibrate.py; only ratios matter.
-_COSTS = (12_000.0, 20_000.0, 700.0, 700.0, 5.0)
+_COSTS = (14_800.0, 18_800.0, 404.0, 714.0, 5.9)
+# Skipping heads must promise this much: estimates err by a seventh in the median.
+_MARGIN = 0.9
 
 
 def executor_work(lengths: Sequence[int], open_heads: OpenHeads, heads: int, size: int) -> dict[str, tuple[float, ...]]:
@@ -247,7 +243,7 @@ def executor_work(lengths: Sequence[int], open_heads: OpenHeads, heads: int, siz
     gathered, moved, calls = 0, 0, 0
     for chosen, inputs in open_heads.groups:
         gathered += len(chosen)
-        calls += 14 + 5 * len({lengths[index] for index in inputs})
+        calls += 12 + 5 * len({lengths[index] for index in inputs})
         if inputs[-1] - inputs[0] + 1 != len(inputs):
             moved += 2 * width * sum(lengths[index] for index in inputs)
             calls += 3 * len(inputs)
@@ -255,12 +251,12 @@ def executor_work(lengths: Sequence[int], open_heads: OpenHeads, heads: int, siz
     return {
         "all_heads": (every_product, every_core, 4 * heads * per_head, tokens * width / 1e6, 10 + 5 * stretches),
         "by_group": (product, core, 4 * gathered * per_head, moved / 1e6, calls),
-        "by_head": (
+        "by_pair": (
             product,
             core,
-            (3 * heads + gathered) * per_head,
-            pairs * (width + 8 * size) / 1e6,
-            25 + 5 * heads + 5 * stretches + 5 * len(lengths),
+            3 * heads * per_head,
+            pairs * width / 1e6,
+            20 + heads + 5 * stretches + 2 * sum(counts),
         ),
     }
 
@@ -285,9 +281,10 @@ def choose_executor(
     estimates = {
         name: sum(cost * amount for cost, amount in zip(costs, work, strict=True))
         for name, work in executor_work(lengths, open_heads, heads, size).items()
-        if not (sparse and name == "all_heads")
     }
-    return min(estimates, key=estimates.__getitem__)
+    dense = estimates.pop("all_heads")
+    name = min(estimates, key=estimates.__getitem__)
+    return name if sparse or estimates[name] < _MARGIN * dense else "all_heads"
 
 
 def gated_attention(

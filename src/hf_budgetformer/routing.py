@@ -26,6 +26,8 @@ def scaled(parameter: torch.Tensor, multiplier: float) -> torch.Tensor:
     times faster, while clipping by a global norm sees an ordinary gradient (after Karras et al. 2018, equalised
     learning rate).
     """
+    if not torch.is_grad_enabled():
+        return multiplier * parameter
     return parameter + (multiplier - 1.0) * parameter.detach()
 
 
@@ -139,7 +141,8 @@ def pool_packed_tokens(hidden_states: torch.Tensor, packing: Packing) -> torch.T
 def rank_heads(scores: torch.Tensor) -> torch.Tensor:
     """Place of each head when sorted by falling score, from 0; ties go to the lower index. (B, H) -> (B, H) int64."""
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
-    return torch.argsort(order, dim=-1)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def count_open(budget: torch.Tensor, heads: int) -> torch.Tensor:
