@@ -80,7 +80,7 @@ def static_layer(layer: Any, hidden: torch.Tensor, packing: Any, *unused: Any) -
     """Stands in for the forward pass of a layer: nothing is chosen."""
     output, ones = layer.attention.output, hidden.new_ones(len(packing.lengths), 1)
     projected = EXECUTORS["all_heads"](layer.attention.self, output.dense, hidden, packing, None)
-    return layer.feed_forward_chunk(output.LayerNorm(projected + hidden)), ones, ones[:, 0], ones
+    return layer._feed_forward_packed(output.LayerNorm(projected + hidden)), ones, ones[:, 0], ones
 
 
 @dataclass
