@@ -278,6 +278,31 @@ def test_gradients_run_every_head(ran):
     assert ran == ["all_heads"] * 6
 
 
+def test_evaluation_under_autocast_equals_the_masked_path(backbone_type, ran):
+    model, batch = budgetformer(backbone_type), batch_of([9, 4, 6], backbone_type)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(**batch, head_budget=0.5, executor="sparse")
+        expected = model(**batch, head_budget=0.5, executor="masked")
+    assert set(ran) == {"all_heads"}
+    torch.testing.assert_close(got.logits, expected.logits, rtol=3e-2, atol=3e-2)
+
+
+def test_an_adapter_on_a_projection_is_not_passed_over(backbone_type):
+    """As of peft: the module is replaced, its weight is that of the base layer."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden) + 1.5 * hidden[..., :1]
+
+    model, batch = budgetformer(backbone_type), batch_of([9, 4, 6], backbone_type)
+    for layer in model.base_model.encoder.layer:
+        layer.attention.self.value.__class__ = Adapted
+    with torch.no_grad():
+        got = model(**batch, head_budget=0.5, executor="sparse")
+        expected = model(**batch, head_budget=0.5, executor="masked")
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
 def test_sparse_never_computes_a_closed_head(ran):
     with torch.no_grad():
         budgetformer("bert")(**batch_of([5, 3]), head_budget=0.25, executor="sparse")
@@ -334,6 +359,25 @@ def test_closed_heads_cost_nothing(layer, run):
         pairs = sum(k * n for k, n in zip(gates.sum(-1).tolist(), lengths, strict=True))
         squares = sum(k * n * n for k, n in zip(gates.sum(-1).tolist(), lengths, strict=True))
         assert counted == pytest.approx(2 * 4 * 4 * 24 * pairs + 4 * 4 * squares, rel=1e-6)
+
+
+def test_variable_length_attention_is_called_with_the_bounds_of_each_sequence(monkeypatch):
+    """The kernel needs a GPU; what it is given does not."""
+
+    def reference(query, key, value, bounds, key_bounds, longest, longest_key):
+        assert torch.equal(bounds, key_bounds)
+        assert bounds.dtype == torch.int32
+        assert bounds.diff().max() == longest == longest_key
+        spans = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        return torch.cat([attention.attend([x[a:b] for x in (query, key, value)], [b - a]) for a, b in spans])
+
+    parts, lengths = torch.randn(3, 12, 2, 8).unbind(0), [5, 3, 3, 1]
+    expected = attention.attend(parts, lengths)
+    served = iter([True])
+    monkeypatch.setattr(attention, "_flash_serves", lambda query: next(served, False))
+    monkeypatch.setattr(attention, "varlen_attn", reference)
+    torch.testing.assert_close(attention.attend(parts, lengths), expected)
+    assert next(served, None) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,5 +1,6 @@
 """The README's Python blocks run as they are written, on local stand-ins for what the Hub would give."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from conftest import stock_folder
 from hf_budgetformer import BudgetFormerConfig, BudgetFormerPreTrainedModel
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_blocks_run_in_order(tmp_path, monkeypatch, texts, tokenizer):
@@ -54,6 +56,19 @@ def test_the_configuration_table_is_complete_and_true():
         assert value.strip('"') == shown, field
 
 
+@pytest.mark.parametrize(
+    ("title", "result"),
+    [("AG News, cut at 128 tokens", "model_minilm_ag_news"), ("IMDB, cut at 512 tokens", "model_minilm_imdb")],
+)
+def test_the_table_of_savings_is_what_was_measured(title, result):
+    figures = json.loads((ROOT / "benchmarks" / "results" / f"{result}.json").read_text())["figures"]["2"]
+    ratios = {name: variant["ratio"]["median"] for name, variant in figures["variants"].items()}
+    shown = [ratios["stock sorted"], *(ratios[f"ours {heads}"] for heads in (12, 6, 3, 1))]
+    shown.append(ratios["ours 12"] * figures["ceiling"]["ratio"])
+    expected = f"| {title} | " + " | ".join(f"{ratio:.2f}x" for ratio in shown) + " |"
+    assert expected in README
+
+
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
 def test_links_lead_somewhere(target):
-    assert (Path(__file__).parent.parent / target).exists()
+    assert (ROOT / target).exists()

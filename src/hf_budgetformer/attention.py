@@ -16,6 +16,12 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 from .packing import Packing, find_runs
 
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
+
+
 class GatedSelfAttention(BertSelfAttention):
     """Stock self-attention, each head's result multiplied by its gate: the masked, trainable reference.
 
@@ -53,13 +59,27 @@ class GatedSelfAttention(BertSelfAttention):
         return self.query, self.key, self.value
 
 
+def _flash_serves(query: torch.Tensor) -> bool:
+    """Whether torch has variable-length flash attention for such a tensor: half precision on a recent NVIDIA GPU."""
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
 def attend(
     parts: Sequence[torch.Tensor],
     lengths: Sequence[int],
     padded_first: int = 0,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attention core within each of the sequences that lie one after the other; neighbours of one length share a call.
+    """Attention core within each of the sequences that lie one after the other.
+
+    One call for all where variable-length flash attention serves, else one for all neighbours of one length.
 
     Args:
         parts: Query, key and value, each (T, h, d).
@@ -70,6 +90,12 @@ def attend(
     Returns:
         (T, h, d).
     """
+    if not (dropout or padded_first) and _flash_serves(parts[0]):
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=parts[0].device)
+        longest = max(lengths)
+        query, key, value = (x.contiguous() for x in parts)
+        result: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest)
+        return result
     whole = len(lengths) - padded_first
     runs = [(*run, 0) for run in find_runs(lengths[:whole])] + [(*run, 1) for run in find_runs(lengths[whole:])]
     contexts, start = [], 0
@@ -287,6 +313,11 @@ def choose_executor(
     return name if sparse or estimates[name] < _MARGIN[0] * dense - _MARGIN[1] else "all_heads"
 
 
+def _is_plain(linear: nn.Module) -> bool:
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is not None and not linear.weight.is_meta and not hooked
+
+
 def gated_attention(
     attention: GatedSelfAttention,
     output: nn.Linear,
@@ -295,7 +326,11 @@ def gated_attention(
     gates: torch.Tensor,
     executor: str = "auto",
 ) -> torch.Tensor:
-    """Attention of a packed batch by the cheapest executor; all heads are computed where gradients are needed.
+    """Attention of a packed batch by the cheapest executor.
+
+    All heads are computed, through the projections' own forward, where gradients are needed, under autocast, and where
+    a projection is more than a plain linear layer (adapters, quantisation, offloading, hooks): the sparse executors
+    read the weights themselves.
 
     Args:
         attention: The layer's self-attention.
@@ -308,7 +343,8 @@ def gated_attention(
     Returns:
         (T, D), the result of the output projection.
     """
-    if attention.training or torch.is_grad_enabled():
+    plain = all(_is_plain(linear) for linear in (*attention.projections, output))
+    if attention.training or torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type) or not plain:
         return attend_all_heads(attention, output, hidden, packing, gates)
     rows = gates.tolist()
     heads, size = attention.num_attention_heads, attention.attention_head_size

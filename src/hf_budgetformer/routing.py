@@ -26,8 +26,6 @@ def scaled(parameter: torch.Tensor, multiplier: float) -> torch.Tensor:
     times faster, while clipping by a global norm sees an ordinary gradient (after Karras et al. 2018, equalised
     learning rate).
     """
-    if not torch.is_grad_enabled():
-        return multiplier * parameter
     return parameter + (multiplier - 1.0) * parameter.detach()
 
 
@@ -57,9 +55,13 @@ class GateLinear(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, in_features), at least float32 -> (B, out_features)."""
-        weight = scaled(_in_full_precision(self.weight), self.multiplier)
-        bias = None if self.bias is None else scaled(_in_full_precision(self.bias), self.multiplier)
-        return F.linear(hidden, weight, bias)
+        weight = _in_full_precision(self.weight)
+        bias = None if self.bias is None else _in_full_precision(self.bias)
+        if not torch.is_grad_enabled():
+            return self.multiplier * F.linear(hidden, weight, bias)  # less to multiply than the weights
+        return F.linear(
+            hidden, scaled(weight, self.multiplier), None if bias is None else scaled(bias, self.multiplier)
+        )
 
 
 class OwnBudget(nn.Module):
@@ -155,7 +157,7 @@ def count_open(budget: torch.Tensor, heads: int) -> torch.Tensor:
     Returns:
         (B,) int64.
     """
-    return torch.floor(budget * heads + 0.5 + _ROUNDING_SLACK).long().clamp(1, heads)
+    return (budget * heads + (0.5 + _ROUNDING_SLACK)).long().clamp(1, heads)
 
 
 def count_open_ceil(budget: torch.Tensor, heads: int) -> torch.Tensor:
