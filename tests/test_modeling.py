@@ -258,6 +258,12 @@ def test_routers_and_buffers_are_initialised_when_loading_a_plain_checkpoint(bac
     assert not base.embeddings.token_type_ids.any()
 
 
+def enable_checkpointing(model):
+    """Under the name it has since transformers 5.24, or before."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+
+
 def test_gradient_checkpointing_counts_a_step_once_and_gives_the_same_gradients(backbone_type):
     """Trap 11: a layer's forward runs twice."""
     batch = {**batch_of(LENGTHS, backbone_type), "labels": torch.tensor([0, 1, 2, 0])}
@@ -265,7 +271,7 @@ def test_gradient_checkpointing_counts_a_step_once_and_gives_the_same_gradients(
     for checkpointed in (False, True):
         model = copy.deepcopy(original)
         if checkpointed:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         model.train()
         torch.manual_seed(3)
         model(**batch).loss.backward()

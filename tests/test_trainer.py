@@ -15,6 +15,8 @@ from conftest import batch_of, budgetformer, stock_classifier
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification
 
 
+# Its name since transformers 5.24, or before.
+CHECKPOINTING = next(x for x in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, x))
 # No randomness in the gates: half of four heads is two, and nothing explores.
 DETERMINISTIC = {"budget_sampling": 0.0, "exploration_steps": 0}
 
@@ -205,7 +207,7 @@ def test_the_callback_needs_a_budgetformer(tokenizer, tokenized, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("arguments", [{"bf16": True}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("arguments", [{"bf16": True}, {CHECKPOINTING: True}])
 def test_it_trains_under(arguments, backbone_type, tokenizer, tokenized, tmp_path):
     set_seed(0)
     model = budgetformer(backbone_type, head_budget=0.5)
