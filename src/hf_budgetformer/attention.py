@@ -226,6 +226,14 @@ def attend_by_pair(
     contexts = context[:, 0].split(pairs)  # each (L, d)
     result = output.bias.repeat(len(hidden), 1)
     results = result.split(lengths)
+    if hidden.dtype in (torch.bfloat16, torch.float16):  # adding head by head would round head by head
+        columns, starts = output.weight.view(width, -1, size), [0, *accumulate(counts)]
+        for heads, inputs in open_heads.groups:
+            weight = columns.index_select(1, heads).view(width, -1).t()  # (k d, D)
+            for index in inputs:
+                joined = torch.cat(contexts[starts[index] : starts[index + 1]], dim=-1)  # (L, k d)
+                torch.addmm(output.bias, joined, weight, out=results[index])
+        return result
     for members, weight in zip(open_heads.members, output.weight.t().split(size), strict=True):
         for index, pair in members:
             torch.addmm(results[index], contexts[pair], weight, out=results[index])
