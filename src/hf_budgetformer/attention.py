@@ -180,9 +180,7 @@ def attend_by_group(
         lengths = [packing.lengths[index] for index in inputs]
         spans = [slice(starts[index], starts[index + 1]) for index in inputs]
         if inputs[-1] - inputs[0] + 1 == len(inputs):
-            spans, pieces = [slice(spans[0].start, spans[-1].stop)], [sum(lengths)]
-        else:
-            pieces = lengths
+            spans = [slice(spans[0].start, spans[-1].stop)]
         tokens = hidden[spans[0]] if len(spans) == 1 else torch.cat([hidden[span] for span in spans])
         gathered = hidden.new_empty(3, len(heads), size * width)
         for place, weight in zip(gathered, weights, strict=True):
@@ -194,7 +192,7 @@ def attend_by_group(
         if len(spans) == 1:
             torch.addmm(output.bias, context, weight.t(), out=result[spans[0]])
         else:
-            for span, piece in zip(spans, F.linear(context, weight, output.bias).split(pieces), strict=True):
+            for span, piece in zip(spans, F.linear(context, weight, output.bias).split(lengths), strict=True):
                 result[span] = piece
     return result
 

@@ -328,6 +328,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             TypeError: An argument does not exist.
         """
         batch, length = _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        executor = self._check_executor(executor)
         device = self.own_budget.bias.device
         if head_budget is None:
             head_budget = self.config.head_budget
@@ -337,7 +338,6 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
         )
         packing = None
-        executor = self._check_executor(executor)
         if executor != "masked" and self._can_pack(kwargs):
             packing = find_packing(attention_mask, (batch, length), hidden_states.device)
         outputs = self._encode(hidden_states, attention_mask, packing, executor, requested, **kwargs)
