@@ -55,7 +55,7 @@ def measure(case: dict[str, Any], threads: Sequence[int], repeats: int) -> Itera
     gates = (torch.rand(rows, HEADS).argsort(-1) < case["open_heads"]).float()
     kinds = {"all": 1, "some": max(1, rows // 4), "none": rows}[case["same"]]
     gates = gates[torch.arange(rows) % kinds]
-    open_heads = OpenHeads(gates, gates.tolist())
+    open_heads = OpenHeads(gates.tolist())
     work = executor_work(packing.lengths, open_heads, HEADS, case["width"] // HEADS)
     for count in threads:
         torch.set_num_threads(count)

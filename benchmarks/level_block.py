@@ -55,7 +55,7 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
             gates = gates[:1].expand(rows, -1).contiguous() if heads_of == "same" else gates
             name = f"{count} {heads_of}"
             variants[name] = partial(gated_attention, attention, output, packed, packing, gates, "auto")
-            open_heads = OpenHeads(gates, gates.tolist())
+            open_heads = OpenHeads(gates.tolist())
             for executor, run in EXECUTORS.items():
                 argument: Any = gates if executor == "all_heads" else open_heads
                 executors[f"{name} {executor}"] = partial(run, attention, output, packed, packing, argument)

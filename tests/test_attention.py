@@ -48,7 +48,7 @@ def run_executors(layer, hidden, mask, gates):
     """What each executor makes of a padded batch, unpacked again; and which tokens were kept."""
     packing = find_packing(mask, hidden.shape[:2], hidden.device)
     sorted_gates = packing.sort(gates)
-    open_heads = OpenHeads(sorted_gates, sorted_gates.tolist())
+    open_heads = OpenHeads(sorted_gates.tolist())
     chosen = {"all_heads": sorted_gates, "by_group": open_heads, "by_pair": open_heads}
     packed = packing.pack(hidden)
     kept = mask.bool().clone()
@@ -335,7 +335,7 @@ def test_each_branch_of_the_chooser_is_reached(rows, length, open_heads, same, c
     ranks = torch.rand(rows, 12, generator=torch.Generator().manual_seed(0)).argsort(-1)
     gates = (ranks < open_heads).float()
     gates = gates[:1].expand(rows, -1).contiguous() if same else gates
-    assert choose_executor([length] * rows, OpenHeads(gates, gates.tolist()), 12, 32, threads=2) in chosen
+    assert choose_executor([length] * rows, OpenHeads(gates.tolist()), 12, 32, threads=2) in chosen
 
 
 def flops_of(run):
@@ -354,7 +354,7 @@ def test_closed_heads_cost_nothing(layer, run):
     for _ in range(10):
         gates = random_gates(5, generator)
         packing = find_packing(mask, (5, 16), hidden.device)
-        open_heads = OpenHeads(gates, gates.tolist())
+        open_heads = OpenHeads(gates.tolist())
         counted = flops_of(lambda: run(*layer, packing.pack(hidden), packing, open_heads))  # noqa: B023
         pairs = sum(k * n for k, n in zip(gates.sum(-1).tolist(), lengths, strict=True))
         squares = sum(k * n * n for k, n in zip(gates.sum(-1).tolist(), lengths, strict=True))

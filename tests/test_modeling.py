@@ -422,3 +422,20 @@ def test_the_stock_model_of_the_same_name_stays_untouched(backbone_type):
     """Importing the package patches nothing."""
     stock = stock_classifier(backbone_type)
     assert not any("router" in name for name in stock.state_dict())
+
+
+def test_all_heads_asked_for_at_inference_are_not_routed(backbone_type):
+    """What routers would say is known, so they need no time; while learning they are asked all the same."""
+    model, asked = budgetformer(backbone_type), []
+    for layer in model.base_model.encoder.layer:
+        layer.router.register_forward_hook(lambda *_: asked.append(1))
+    ids = batch_of([6, 6, 6])["input_ids"]
+    outputs = [model(ids, head_budget=1.0, output_head_gates=True, executor=x) for x in ("auto", "masked")]
+    outputs.append(model(ids, head_budget=torch.ones(3), output_head_gates=True))
+    assert asked == []
+    assert all(output.head_gates.all() and output.head_budget.eq(1.0).all() for output in outputs)
+    model(ids, head_budget=torch.tensor([1.0, 1.0, 0.5]))
+    assert asked
+    asked.clear()
+    model.train()(ids, labels=torch.zeros(3, dtype=torch.int64), head_budget=1.0).loss.backward()
+    assert asked

@@ -128,7 +128,8 @@ def attend_all_heads(
     dropout = attention.dropout.p if attention.training else 0.0
     context = attend(parts, packing.lengths, packing.padded_first, dropout)  # (T, H, d)
     if gates is not None:
-        context = context * gates.to(context.dtype).index_select(0, packing.owners)[:, :, None]
+        spread = gates.to(context.dtype).index_select(0, packing.owners)[:, :, None]  # (T, H, 1)
+        context = context * spread if torch.is_grad_enabled() else context.mul_(spread)
     return output(context.flatten(-2))
 
 
@@ -136,29 +137,33 @@ class OpenHeads:
     """The open heads of a packed batch, inputs with the same ones put together.
 
     Args:
-        gates: (B, H) in packed order, 0 or 1.
-        rows: The same as lists.
+        rows: The gates, (B, H) in packed order, 0 or 1, as lists.
 
     Attributes:
         counts: Open heads of each input.
-        groups: For each set of heads, its heads (k,) int64 and the inputs that chose it, in packed order.
-        members: For each head, the inputs that keep it, each with the number of that pair, counted input by input.
+        groups: For each set of heads, its heads and the inputs that chose it, in packed order.
     """
 
-    def __init__(self, gates: torch.Tensor, rows: list[list[float]]) -> None:
+    def __init__(self, rows: list[list[float]]) -> None:
         agreeing: dict[tuple[float, ...], list[int]] = {}
-        self.members: list[list[tuple[int, int]]] = [[] for _ in rows[0]]
-        pairs = 0
         for index, row in enumerate(rows):
             agreeing.setdefault(tuple(row), []).append(index)
-            for head, gate in enumerate(row):
-                if gate:
-                    self.members[head].append((index, pairs))
-                    pairs += 1
-        sets = [[head for head, gate in enumerate(row) if gate] for row in agreeing]
-        flat = torch.tensor([head for heads in sets for head in heads], device=gates.device)
         self.counts = [int(sum(row)) for row in rows]
-        self.groups = list(zip(flat.split([len(heads) for heads in sets]), agreeing.values(), strict=True))
+        self.groups = [([h for h, gate in enumerate(row) if gate], inputs) for row, inputs in agreeing.items()]
+
+    def members(self) -> dict[int, list[tuple[int, int]]]:
+        """For each head, the inputs that keep it, each with the number of that pair, counted input by input."""
+        starts = [0, *accumulate(self.counts)]
+        members: dict[int, list[tuple[int, int]]] = {}
+        for heads, inputs in self.groups:
+            for place, head in enumerate(heads):
+                members.setdefault(head, []).extend((index, starts[index] + place) for index in inputs)
+        return members
+
+    def indices(self, device: torch.device) -> list[torch.Tensor]:
+        """Heads of each group, (k,) int64."""
+        flat = torch.tensor([head for heads, _ in self.groups for head in heads], device=device)
+        return list(flat.split([len(heads) for heads, _ in self.groups]))
 
 
 def attend_by_group(
@@ -176,7 +181,7 @@ def attend_by_group(
     starts = [0, *accumulate(packing.lengths)]
     whole = len(packing.lengths) - packing.padded_first
     result = torch.empty_like(hidden)
-    for heads, inputs in open_heads.groups:
+    for heads, (_, inputs) in zip(open_heads.indices(hidden.device), open_heads.groups, strict=True):
         lengths = [packing.lengths[index] for index in inputs]
         spans = [slice(starts[index], starts[index + 1]) for index in inputs]
         if inputs[-1] - inputs[0] + 1 == len(inputs):
@@ -209,32 +214,33 @@ def attend_by_pair(
     weights = [x.weight.view(-1, size, width) for x in attention.projections]
     biases = torch.cat([x.bias.view(-1, size) for x in attention.projections], dim=1)  # (H, 3 d)
     lengths, counts = packing.lengths, open_heads.counts
-    pairs = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]  # input by input
+    pair_lengths = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
     tokens = hidden.split(lengths)
-    projected = hidden.new_empty(sum(pairs), 3 * size)
-    places = projected.split(pairs)
-    for head, members in enumerate(open_heads.members):
-        if members:  # one head after the other, so that its weights stay in the cache
-            weight = torch.cat([x[head] for x in weights]).t()  # (D, 3 d)
-            for index, pair in members:
-                torch.addmm(biases[head], tokens[index], weight, out=places[pair])
+    projected = hidden.new_empty(sum(pair_lengths), 3 * size)
+    places = projected.split(pair_lengths)
+    members = open_heads.members()
+    for head, pairs in members.items():  # one head after the other, so that its weights stay in the cache
+        weight = torch.cat([x[head] for x in weights]).t()  # (D, 3 d)
+        for index, pair in pairs:
+            torch.addmm(biases[head], tokens[index], weight, out=places[pair])
 
     padded_first = sum(counts[len(counts) - packing.padded_first :])
-    context = attend(projected.view(-1, 3, 1, size).unbind(1), pairs, padded_first)
-    contexts = context[:, 0].split(pairs)  # each (L, d)
+    context = attend(projected.view(-1, 3, 1, size).unbind(1), pair_lengths, padded_first)
+    contexts = context[:, 0].split(pair_lengths)  # each (L, d)
     result = output.bias.repeat(len(hidden), 1)
     results = result.split(lengths)
     if hidden.dtype in (torch.bfloat16, torch.float16):  # adding head by head would round head by head
         columns, starts = output.weight.view(width, -1, size), [0, *accumulate(counts)]
-        for heads, inputs in open_heads.groups:
+        for heads, (_, inputs) in zip(open_heads.indices(hidden.device), open_heads.groups, strict=True):
             weight = columns.index_select(1, heads).view(width, -1).t()  # (k d, D)
             for index in inputs:
                 joined = torch.cat(contexts[starts[index] : starts[index + 1]], dim=-1)  # (L, k d)
                 torch.addmm(output.bias, joined, weight, out=results[index])
         return result
-    for members, weight in zip(open_heads.members, output.weight.t().split(size), strict=True):
-        for index, pair in members:
-            torch.addmm(results[index], contexts[pair], weight, out=results[index])
+    rows = output.weight.t().split(size)  # of each head, (d, D)
+    for head, pairs in members.items():
+        for index, pair in pairs:
+            torch.addmm(results[index], contexts[pair], rows[head], out=results[index])
     return result
 
 
@@ -245,10 +251,13 @@ EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 # Microseconds on one thread for each GFLOP of matrix products, GFLOP of attention cores, million numbers of weights
-# gathered, million numbers of tokens gathered, and call. Fitted by benchmarks/calibrate.py; only ratios matter.
-_COSTS = (16_100.0, 11_600.0, 246.0, 664.0, 9.04)
+# read where they are, million of weights gathered, million numbers of tokens gathered, and call. Fitted by
+# benchmarks/calibrate.py; only ratios matter.
+_COSTS = (15_400.0, 11_900.0, 188.0, 847.0, 1060.0, 9.0)
 # Skipping heads must promise this much less, and these microseconds: estimates err by a sixth in the median.
-_MARGIN = (0.85, 100.0)
+_MARGIN = (0.92, 30.0)
+# Microseconds of products that skipping could save at best, below which it is not worth the asking.
+_LEAST_SAVING = 200.0
 
 
 def executor_work(lengths: Sequence[int], open_heads: OpenHeads, heads: int, size: int) -> dict[str, tuple[float, ...]]:
@@ -261,8 +270,7 @@ def executor_work(lengths: Sequence[int], open_heads: OpenHeads, heads: int, siz
         size: Of a head, d.
 
     Returns:
-        For each name in `EXECUTORS`: GFLOP of products, GFLOP of cores, million numbers of weights gathered, million
-        numbers of tokens gathered, calls.
+        For each name in `EXECUTORS`, an amount for each of `_COSTS`.
     """
     width = heads * size
     counts, tokens = open_heads.counts, sum(lengths)
@@ -279,17 +287,12 @@ def executor_work(lengths: Sequence[int], open_heads: OpenHeads, heads: int, siz
         if inputs[-1] - inputs[0] + 1 != len(inputs):
             moved += 2 * width * sum(lengths[index] for index in inputs)
             calls += 3 * len(inputs)
-    per_head = size * width / 1e6
+    head = size * width / 1e6
+    pair_calls = 20 + heads + 5 * stretches + 1.5 * sum(counts)  # calls that write into a place cost less
     return {
-        "all_heads": (every_product, every_core, 4 * heads * per_head, tokens * width / 1e6, 10 + 5 * stretches),
-        "by_group": (product, core, 4 * gathered * per_head, moved / 1e6, calls),
-        "by_pair": (
-            product,
-            core,
-            3 * heads * per_head,
-            pairs * width / 1e6,
-            20 + heads + 5 * stretches + 2 * sum(counts),
-        ),
+        "all_heads": (every_product, every_core, 4 * heads * head, 0, tokens * width / 1e6, 10 + 5 * stretches),
+        "by_group": (product, core, 0, 4 * gathered * head, moved / 1e6, calls),
+        "by_pair": (product, core, 3 * heads * head, 0, pairs * width / 1e6, pair_calls),
     }
 
 
@@ -349,15 +352,18 @@ def gated_attention(
     Returns:
         (T, D), the result of the output projection.
     """
-    plain = all(_is_plain(linear) for linear in (*attention.projections, output))
-    if attention.training or torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type) or not plain:
+    if attention.training or torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type):
         return attend_all_heads(attention, output, hidden, packing, gates)
     rows = gates.tolist()
     heads, size = attention.num_attention_heads, attention.attention_head_size
-    sparse = executor == "sparse"
-    if not sparse and all(sum(row) == heads for row in rows):
+    sparse, threads = executor == "sparse", torch.get_num_threads()
+    closed = sum((heads - sum(row)) * length for row, length in zip(rows, packing.lengths, strict=True))
+    if not closed and not sparse:
         return attend_all_heads(attention, output, hidden, packing, None)
-    open_heads = OpenHeads(gates, rows)
-    name = choose_executor(packing.lengths, open_heads, heads, size, torch.get_num_threads(), sparse)
+    worth_asking = 8e-9 * closed * size * hidden.shape[-1] * _COSTS[0] > _LEAST_SAVING * threads
+    if not (sparse or worth_asking) or not all(_is_plain(linear) for linear in (*attention.projections, output)):
+        return attend_all_heads(attention, output, hidden, packing, gates)
+    open_heads = OpenHeads(rows)
+    name = choose_executor(packing.lengths, open_heads, heads, size, threads, sparse)
     chosen: Any = gates if name == "all_heads" else open_heads
     return EXECUTORS[name](attention, output, hidden, packing, chosen)

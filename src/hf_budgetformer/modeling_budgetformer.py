@@ -204,7 +204,7 @@ class BudgetFormerLayer(BertLayer):
         hidden_states: torch.Tensor,
         layout: "PaddedLayout | Packing",
         executor: str,
-        budget_logit: torch.Tensor,
+        budget_logit: torch.Tensor | None,
         temperature: torch.Tensor,
         noise: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -214,7 +214,7 @@ class BudgetFormerLayer(BertLayer):
             hidden_states: (B, L, D), or packed (T, D).
             layout: The batch's masks, or its packing.
             executor: Of a packed batch, see `gated_attention`.
-            budget_logit: (B,), logit of the budget asked for.
+            budget_logit: (B,), logit of the budget asked for; None: all heads, and nothing is routed.
             temperature: Scalar.
             noise: Scalar.
 
@@ -222,19 +222,34 @@ class BudgetFormerLayer(BertLayer):
             hidden states as they came, gates (B, H), budget (B,), scores (B, H).
         """
         output = self.attention.output
+        gates, budget, scores = self._route(hidden_states, layout, budget_logit, temperature, noise)
         if isinstance(layout, Packing):
-            pooled = pool_packed_tokens(hidden_states, layout)
-            gates, budget, scores = self.router(pooled, budget_logit, temperature, noise)
             projected = gated_attention(self.attention.self, output.dense, hidden_states, layout, gates, executor)
             attended = output.LayerNorm(output.dropout(projected) + hidden_states)
             return self._feed_forward_packed(attended), gates, budget, scores
-        pooled = pool_tokens(hidden_states, layout.token_mask)
-        gates, budget, scores = self.router(pooled, budget_logit, temperature, noise)
         context, _ = self.attention.self(hidden_states, layout.attention_mask, gates=gates)
         fed_forward = apply_chunking_to_forward(
             self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, output(context, hidden_states)
         )
         return fed_forward, gates, budget, scores
+
+    def _route(
+        self,
+        hidden_states: torch.Tensor,
+        layout: "PaddedLayout | Packing",
+        budget_logit: torch.Tensor | None,
+        temperature: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if budget_logit is None:
+            batch = len(layout.lengths) if isinstance(layout, Packing) else len(hidden_states)
+            every = torch.ones(batch, self.attention.self.num_attention_heads, device=hidden_states.device)
+            return every, every[:, 0], every
+        if isinstance(layout, Packing):
+            pooled = pool_packed_tokens(hidden_states, layout)
+        else:
+            pooled = pool_tokens(hidden_states, layout.token_mask)
+        return self.router(pooled, budget_logit, temperature, noise)
 
     def _feed_forward_packed(self, hidden: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or len(hidden) <= _CHUNK_TOKENS:
@@ -379,7 +394,8 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             )
             layout = PaddedLayout(mask, token_mask)
         else:
-            layout, hidden_states, budget_logit = packing, packing.pack(hidden_states), packing.sort(budget_logit)
+            layout, hidden_states, budget_logit = packing, packing.pack(hidden_states), budget_logit
+            budget_logit = None if budget_logit is None else packing.sort(budget_logit)
         hidden_states, gates, budgets, scores = self.encoder(
             hidden_states, layout, executor, budget_logit, temperature, noise
         )
@@ -399,12 +415,18 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
 
     def _ask(
         self, requested: torch.Tensor | None, batch: int, learning: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The budget to aim for: a logit (B,), the mean share (1,) to train towards, whether it is a request (1,)."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The budget to aim for: a logit (B,), the mean share (1,) to train towards, whether it is a request (1,).
+
+        The logit is None where all heads are asked for and nothing is learned: there is nothing to route.
+        """
         own = self.own_budget()
         if requested is not None:
+            mean, everything = requested.mean(0, keepdim=True), torch.ones_like(own).bool()
+            if not self.training and _values_are_known() and bool((requested == 1.0).all()):
+                return None, mean, everything
             # The own budget stays in the graph, or distributed training would wait for its gradient.
-            return torch.logit(requested) + 0.0 * own, requested.mean(0, keepdim=True), torch.ones_like(own).bool()
+            return torch.logit(requested) + 0.0 * own, mean, everything
         target = torch.full_like(own, self.config.target_head_budget or 0.0)
         if not learning:
             return own.expand(batch), target, torch.zeros_like(own).bool()

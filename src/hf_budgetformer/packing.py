@@ -28,6 +28,7 @@ class Packing:
         indices: (T,) int64, the place of each packed token in the flattened (B * L) batch; None where every token is
             kept.
         owners: (T,) int64, the input, in packed order, each token belongs to.
+        counts: (B,) int64, the same as `lengths`.
     """
 
     lengths: list[int]
@@ -36,6 +37,7 @@ class Packing:
     order: torch.Tensor
     indices: torch.Tensor | None
     owners: torch.Tensor
+    counts: torch.Tensor
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """(B, L, ...) -> (T, ...)."""
@@ -78,5 +80,6 @@ def find_packing(attention_mask: torch.Tensor | None, shape: tuple[int, int], de
             places = torch.arange(batch * length, device=device).view(shape)[order][kept[order]]
             counts = counts[order]
             owners = rows.repeat_interleave(counts)
-            return Packing(counts.tolist(), int(padded_first.sum()), shape, order, places, owners)
-    return Packing([length] * batch, 0, shape, rows, None, rows.repeat_interleave(length))
+            return Packing(counts.tolist(), int(padded_first.sum()), shape, order, places, owners, counts)
+    counts = torch.full_like(rows, length)
+    return Packing([length] * batch, 0, shape, rows, None, rows.repeat_interleave(length), counts)

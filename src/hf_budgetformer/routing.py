@@ -132,12 +132,11 @@ def pool_packed_tokens(hidden_states: torch.Tensor, packing: Packing) -> torch.T
     hidden_states = _in_full_precision(hidden_states.detach())
     total = hidden_states.new_zeros(len(packing.lengths), hidden_states.shape[-1])
     total.index_add_(0, packing.owners, hidden_states)
-    counts = total.new_tensor(packing.lengths)[:, None]
-    if packing.padded_first:
-        first = torch.cumsum(counts[:, 0], 0).long() - counts[:, 0].long()
-        total[-packing.padded_first :] -= hidden_states[first[-packing.padded_first :]]
-        counts[-packing.padded_first :] -= 1.0
-    return F.layer_norm(total / counts.clamp(min=1.0), hidden_states.shape[-1:])
+    counts, last = packing.counts, packing.padded_first
+    if last:  # what they begin with is not theirs
+        total[-last:] -= hidden_states[(counts.cumsum(0) - counts)[-last:]]
+        counts = torch.cat([counts[:-last], counts[-last:] - 1])
+    return F.layer_norm(total / counts.clamp(min=1)[:, None], hidden_states.shape[-1:])
 
 
 def rank_heads(scores: torch.Tensor) -> torch.Tensor:

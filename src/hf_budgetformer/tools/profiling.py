@@ -59,7 +59,7 @@ class SpeedCeiling:
 
     Attributes:
         all_heads: With all heads open.
-        unavoidable: Without any attention: embeddings, packing, routers, feed-forward, norms and head.
+        unavoidable: Without any attention or routing: embeddings, packing, feed-forward, norms and head.
     """
 
     all_heads: float
@@ -121,6 +121,8 @@ def profile(
     width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     size, kept = width // heads, int(lengths.sum())
     opened = counts.sum(-1)
+    asked = config.head_budget if head_budget is None else head_budget
+    routed = asked is None or not bool((torch.as_tensor(asked) == 1.0).all())
     feed_forward = 4 * layers * width * config.intermediate_size
     controller = config.router_hidden_size * (width + 1)
     # Beyond the layers every matrix is applied once to each input: to its pooled or its first token.
@@ -132,7 +134,7 @@ def profile(
             "projections": 8 * width * size * int((opened * lengths).sum()),
             "core": 4 * size * int((opened * lengths * keys).sum()),
             "feed_forward": feed_forward * kept,
-            "router": 2 * rows * layers * (controller + width * heads),
+            "router": 2 * rows * layers * (controller + width * heads) * routed,
             "head": head,
         },
         backbone={
