@@ -1,7 +1,6 @@
 """Whole models on real texts: time of batches, latency of single inputs, peak memory."""
 
 import argparse
-import copy
 import resource
 import sys
 import time
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from inputs import build_models, keep_quiet, make_batches, read_texts, tokenize
 from measure import Agreement, interleave, ratio, spread, stopwatch
-from torch import nn
 
 from hf_budgetformer import BudgetFormerForSequenceClassification
-from hf_budgetformer.attention import EXECUTORS
+from hf_budgetformer.tools.baselines import prune
 from hf_budgetformer.tools.profiling import profile, speed_ceiling
 
 
@@ -54,33 +52,12 @@ def choices(model: Any, make: Callable[[int, Any], Any]) -> Iterator[None]:
 
 def random_heads(count: int, index: int, choose: Any) -> Any:
     """Exactly `count` heads in every layer, different ones for each input."""
-    return lambda budget, scores: choose(torch.full_like(budget, count / scores.shape[-1]), torch.rand_like(scores))
+    return lambda asked, scores: choose(torch.full_like(asked, count), torch.rand_like(scores))
 
 
 def first_heads(count: int, index: int, choose: Any) -> Any:
-    """The heads that `prune` keeps."""
-    return lambda budget, scores: (torch.arange(scores.shape[-1]) < count).expand_as(scores).to(scores.dtype)
-
-
-def prune(model: Any, count: int) -> Any:
-    """A copy with the first `count` heads of every layer only and no routers, packed as ours: the floor."""
-    model = copy.deepcopy(model)
-    for layer in model.base_model.encoder.layer:
-        attention, dense = layer.attention.self, layer.attention.output.dense
-        rows = count * attention.attention_head_size
-        for linear in (attention.query, attention.key, attention.value):
-            linear.weight, linear.bias = nn.Parameter(linear.weight[:rows].clone()), nn.Parameter(linear.bias[:rows])
-        dense.weight = nn.Parameter(dense.weight[:, :rows].clone())
-        attention.num_attention_heads, attention.all_head_size = count, rows
-        layer.forward = partial(static_layer, layer)
-    return model
-
-
-def static_layer(layer: Any, hidden: torch.Tensor, packing: Any, *unused: Any) -> tuple[torch.Tensor, ...]:
-    """Stands in for the forward pass of a layer: nothing is chosen."""
-    output, ones = layer.attention.output, hidden.new_ones(len(packing.lengths), 1)
-    projected = EXECUTORS["all_heads"](layer.attention.self, output.dense, hidden, packing, None)
-    return layer._feed_forward_packed(output.LayerNorm(projected + hidden)), ones, ones[:, 0], ones
+    """The heads that the static variants keep."""
+    return lambda asked, scores: (torch.arange(scores.shape[-1]) < count).expand_as(scores).to(scores.dtype)
 
 
 @dataclass
@@ -124,7 +101,9 @@ def build_variants(settings: dict[str, Any], checkpoint: str | None, only: str |
         for suffix in ("", " sorted") if count in settings["sorted_open_heads"] else ("",):
             makers[f"ours {count}{suffix}"] = partial(Variant, ours, every, None if every else count, bool(suffix))
     for count in settings["static_open_heads"]:
-        makers[f"static {count}"] = lambda count=count: Variant(prune(ours, count))
+        makers[f"static {count}"] = lambda count=count: Variant(
+            prune(ours, [list(range(count))] * ours.config.num_hidden_layers)
+        )
     if checkpoint is not None and settings["budgets"]:
         learned = BudgetFormerForSequenceClassification.from_pretrained(checkpoint).eval().to(ours.dtype)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):

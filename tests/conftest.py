@@ -95,7 +95,8 @@ def stir_routers(model):
         for name, parameter in model.named_parameters():
             if ".router." in name:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-                parameter.copy_(noise * 0.4 / model.config.router_lr_multiplier)
+                spread = 0.01 if ".need." in name else 0.4  # so that need does not drive all to its limits
+                parameter.copy_(noise * spread / model.config.router_lr_multiplier)
     return model
 
 

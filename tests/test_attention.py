@@ -281,8 +281,8 @@ def test_gradients_run_every_head(ran):
 def test_evaluation_under_autocast_equals_the_masked_path(backbone_type, ran):
     model, batch = budgetformer(backbone_type), batch_of([9, 4, 6], backbone_type)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        got = model(**batch, head_budget=0.5, executor="sparse")
-        expected = model(**batch, head_budget=0.5, executor="masked")
+        got = model(**batch, head_budget=0.4, executor="sparse")
+        expected = model(**batch, head_budget=0.4, executor="masked")
     assert set(ran) == {"all_heads"}
     torch.testing.assert_close(got.logits, expected.logits, rtol=3e-2, atol=3e-2)
 

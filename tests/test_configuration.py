@@ -21,11 +21,11 @@ def test_to_dict_and_back_is_the_identity(backbone_type):
 
 
 def test_save_and_load_through_auto_config(backbone_type, tmp_path):
-    config = BudgetFormerConfig.from_backbone_config(stock_config(backbone_type), score_noise=0.7)
+    config = BudgetFormerConfig.from_backbone_config(stock_config(backbone_type), need_scale=0.7)
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert type(again) is BudgetFormerConfig
-    assert again.score_noise == 0.7
+    assert again.need_scale == 0.7
     assert again.backbone_model_type == backbone_type
 
 
@@ -67,16 +67,12 @@ BAD_FIELDS = [
     ("head_budget", float("nan"), r"\(0, 1\]"),
     ("head_budget", 3, r"\(0, 1\]"),
     ("target_head_budget", -0.5, r"\(0, 1\]"),
-    ("budget_min", -0.1, r"\[0, 1\]"),
-    ("budget_max", 1.1, r"\[0, 1\]"),
     ("budget_sampling", 2.0, r"\[0, 1\]"),
     ("budget_loss_weight", -1.0, ">= 0"),
-    ("entropy_loss_weight", float("inf"), ">= 0"),
+    ("need_scale", float("inf"), ">= 0"),
+    ("distillation_weight", 1.1, r"\[0, 1\]"),
     ("router_hidden_size", 0, ">= 1"),
     ("router_lr_multiplier", 0.0, "> 0"),
-    ("initial_temperature", 0.0, "> 0"),
-    ("final_temperature", -1.0, "> 0"),
-    ("score_noise", -0.5, ">= 0"),
     ("exploration_steps", -1, ">= 0"),
     ("num_hidden_layers", 0, ">= 1"),
     ("hidden_dropout_prob", 1.5, r"\[0, 1\]"),
@@ -94,9 +90,10 @@ def test_a_bad_field_is_refused_by_name_value_and_range(field, value, allowed):
     ("fields", "named"),
     [
         ({"hidden_size": 10, "num_attention_heads": 4}, "hidden_size.*num_attention_heads.*10.*4"),
-        ({"budget_min": 0.8, "budget_max": 0.2}, "budget_min.*budget_max.*0.8.*0.2"),
-        ({"target_head_budget": 0.95}, r"target_head_budget.*\[0.1, 0.9\].*0.95"),
-        ({"initial_temperature": 0.1}, "final_temperature.*initial_temperature.*0.3.*0.1"),
+        ({"num_hidden_layers": 2, "static_heads": [[0]]}, r"static_heads.*2 layers.*\[0, 12\).*\[\[0\]\]"),
+        ({"num_hidden_layers": 2, "static_heads": [[0], []]}, "static_heads.*at least one"),
+        ({"num_hidden_layers": 2, "static_heads": [[0], [12]]}, "static_heads.*12"),
+        ({"num_hidden_layers": 2, "static_heads": [[0], [3, 1]]}, "static_heads.*rising"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, named):

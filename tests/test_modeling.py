@@ -251,7 +251,7 @@ def test_routers_and_buffers_are_initialised_when_loading_a_plain_checkpoint(bac
     assert router.controller.hidden.weight.std().item() * multiplier == pytest.approx(0.3, rel=0.15)
     assert not router.controller.output.weight.any()
     assert not router.scorer.bias.any()
-    assert torch.sigmoid(base.own_budget()).item() == pytest.approx(0.5)
+    assert torch.sigmoid(base.own_budget()).item() == pytest.approx((0.5 - 1 / 8) / (1 - 1 / 8))
     assert base.exploration.steps.item() == 0
     longest = base.config.max_position_embeddings
     assert torch.equal(base.embeddings.position_ids, torch.arange(longest)[None])
@@ -315,7 +315,7 @@ def test_training_reports_the_parts_of_its_loss(backbone_type):
     model = budgetformer(backbone_type).train()
     outputs = model(**batch_of(LENGTHS, backbone_type), labels=torch.tensor([0, 1, 2, 0]))
     log = model.base_model.training_log
-    assert set(log) == {"task_loss", "budget", "budget_loss", "entropy", "temperature", "progress"}
+    assert set(log) == {"task_loss", "need_loss", "budget", "budget_loss", "entropy", "temperature", "progress"}
     torch.testing.assert_close(outputs.loss, log["task_loss"] + outputs.aux_loss)
     assert not any(value.requires_grad for value in log.values())
 

@@ -99,10 +99,10 @@ def test_the_ceiling_is_measured_and_attention_comes_back(monkeypatch):
     assert modeling_budgetformer.gated_attention is original
     assert torch.equal(model(**batch).logits, before)
 
-    def fail_without_attention(*arguments):
+    def fail_without_attention(*arguments, **named):
         if modeling_budgetformer.gated_attention is not original:
             raise RuntimeError("stopped")
-        return forward(*arguments)
+        return forward(*arguments, **named)
 
     encoder = model.base_model.encoder
     forward = encoder.forward

@@ -10,16 +10,25 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import budgetformer, stock_config
 from hf_budgetformer import BudgetFormerConfig
-from hf_budgetformer.losses import attach_loss, budget_distance, budget_hinge, score_entropy
+from hf_budgetformer.losses import (
+    attach_loss,
+    budget_distance,
+    budget_hinge,
+    need_loss,
+    score_entropy,
+    task_cost,
+    teacher_divergence,
+)
 from hf_budgetformer.routing import (
     ExplorationSchedule,
     GateLinear,
     HeadRouter,
     OwnBudget,
+    budget_to_logit,
     count_open,
     count_open_ceil,
-    count_open_stochastic,
     gate_surrogate,
+    least_budget,
     pool_tokens,
     rank_heads,
     score_threshold,
@@ -38,32 +47,65 @@ def router_of(**fields):
     return router
 
 
-@given(budget=st.floats(0.0, 1.0, exclude_min=True), heads=st.integers(1, 16))
-def test_open_heads_are_at_least_one_and_at_most_all(budget, heads):
-    for count in (count_open, count_open_ceil, count_open_stochastic):
-        k = count(torch.tensor([budget]), heads)
-        assert k.dtype == torch.int64
-        assert 1 <= k.item() <= heads
-    assert abs(count_open(torch.tensor([budget]), heads).item() - max(budget * heads, 1)) <= 0.5 + 1e-3
+def counts_of(budgets, heads, carry=0.5):
+    """Open heads of each layer of one input whose layers have these budgets."""
+    carry, found = torch.tensor([carry]), []
+    for budget in budgets:
+        count, carry = count_open(torch.tensor([budget]), carry, heads)
+        assert count.dtype == torch.int64
+        assert 0.0 <= carry.item() <= 1.0
+        found.append(count.item())
+    return found
+
+
+@given(budgets=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12), heads=st.integers(1, 16))
+def test_open_heads_are_at_least_one_and_at_most_all(budgets, heads):
+    assert all(1 <= count <= heads for count in counts_of(budgets, heads))
+    assert all(1 <= count_open_ceil(torch.tensor([budget]), heads).item() <= heads for budget in budgets)
+
+
+@given(data=st.data(), heads=st.integers(2, 16), carry=st.floats(0.0, 0.99))
+def test_the_heads_of_all_layers_are_what_their_budgets_say_together(data, heads, carry):
+    budgets = data.draw(st.lists(st.floats(1.0 / heads, 1.0), min_size=1, max_size=12))
+    asked, opened = sum(budgets) * heads, counts_of(budgets, heads, carry)
+    assert abs(sum(opened) - asked - carry + 0.5) <= 0.5 + 2e-3
+    assert all(abs(count - budget * heads) < 1.0 + 2e-3 for count, budget in zip(opened, budgets, strict=True))
+
+
+def test_all_heads_stay_open_however_many_layers_there_are():
+    assert counts_of([1.0] * 100, 12) == [12] * 100
+    assert counts_of([1.0] * 100, 12, carry=0.0) == [12] * 100
 
 
 @given(one=st.floats(1e-6, 1.0), other=st.floats(1e-6, 1.0), heads=st.integers(1, 16))
 def test_open_heads_grow_with_the_budget(one, other, heads):
-    low, high = count_open(torch.tensor(sorted([one, other])), heads).tolist()
+    [low], [high] = counts_of([min(one, other)], heads), counts_of([max(one, other)], heads)
     assert low <= high
 
 
 @pytest.mark.parametrize(("heads", "opened"), [(4, 3), (12, 8), (8, 5)])
-def test_a_budget_between_two_counts_is_rounded_half_up(heads, opened):
-    assert count_open(torch.tensor([(opened - 0.5) / heads]), heads).item() == opened
-    assert count_open_ceil(torch.tensor([(opened - 0.5) / heads]), heads).item() == opened
+def test_a_budget_between_two_counts_is_rounded_half_up_in_the_first_layer_and_down_in_the_next(heads, opened):
+    half = (opened - 0.5) / heads
+    assert counts_of([half, half, half, half], heads) == [opened, opened - 1, opened, opened - 1]
+    assert count_open_ceil(torch.tensor([half]), heads).item() == opened
     assert count_open_ceil(torch.tensor([opened / heads]), heads).item() == opened  # not one more through rounding
 
 
-def test_stochastic_rounding_opens_the_marginal_head_as_often_as_its_share_says():
-    counts = count_open_stochastic(torch.full((20_000,), 2.3 / 4), 4)
-    assert set(counts.tolist()) == {2, 3}
-    assert counts.float().mean().item() == pytest.approx(2.3, abs=0.02)
+def test_a_random_first_carry_opens_the_marginal_head_as_often_as_its_share_says():
+    carry, budget = torch.rand(20_000), torch.full((20_000,), 2.3 / 4)
+    for _ in range(3):
+        counts, carry = count_open(budget, carry, 4)
+        assert set(counts.tolist()) == {2, 3}
+        assert counts.float().mean().item() == pytest.approx(2.3, abs=0.02)
+
+
+def test_what_is_asked_lies_between_one_head_and_all():
+    least = least_budget(config_of())
+    assert least == 1 / 4
+    logits = budget_to_logit(torch.tensor([0.1, 0.25, 0.625, 1.0]), least)
+    assert logits.tolist() == pytest.approx([-math.inf, -math.inf, 0.0, math.inf])
+    assert least_budget(config_of(gate_type="soft")) == 0.0
+    assert least_budget(config_of(num_attention_heads=1)) == 0.0
 
 
 def test_ranks_break_ties_by_the_lower_index():
@@ -88,10 +130,10 @@ def test_gates_open_exactly_the_best_scores(data, heads, inputs):
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     pooled = torch.randn(inputs, 16 * heads, generator=generator)
-    logit = torch.randn(inputs, generator=generator)
-    gates, budget, scores = router(pooled, logit)
+    logit, carry = torch.randn(inputs, generator=generator), torch.rand(inputs, generator=generator)
+    gates, budget, scores, _, carried = router(pooled, logit, carry)
     assert set(gates.unique().tolist()) <= {0.0, 1.0}
-    assert gates.sum(-1).tolist() == count_open(budget, heads).tolist()
+    assert [gates.sum(-1).tolist(), carried.tolist()] == [x.tolist() for x in count_open(budget, carry, heads)]
     lowest_open = scores.masked_fill(gates == 0, math.inf).min(-1).values
     highest_closed = scores.masked_fill(gates == 1, -math.inf).max(-1).values
     assert (lowest_open >= highest_closed).all()
@@ -100,29 +142,55 @@ def test_gates_open_exactly_the_best_scores(data, heads, inputs):
 @pytest.mark.parametrize("gate_type", ["hard", "soft"])
 def test_an_infinite_logit_opens_all_heads(gate_type):
     router = router_of(gate_type=gate_type).eval()
-    gates, budget, _ = router(torch.randn(3, 16), torch.full((3,), math.inf))
+    gates, budget, *_ = router(torch.randn(3, 16), torch.full((3,), math.inf), torch.rand(3))
     assert gates.tolist() == [[1.0] * 4] * 3
     assert budget.tolist() == [1.0] * 3
 
 
 def test_a_fresh_router_spends_what_is_asked_and_scores_near_zero():
-    config = config_of()
-    model = budgetformer("bert", stir=False)
-    router = model.bert.encoder.layer[0].router
-    asked = torch.tensor([0.1, 0.4, 0.9])
-    _, budget, _ = router(torch.randn(3, 16), torch.logit(asked))
+    config = config_of(need_scale=0.0)
+    router = HeadRouter(config)
+    initialise = budgetformer("bert", stir=False)._init_weights
+    own = OwnBudget(config)
+    for module in [*router.modules(), own]:
+        initialise(module)
+    asked = torch.tensor([0.3, 0.4, 0.9])
+    budget = router(torch.randn(3, 16), budget_to_logit(asked, 1 / 4), torch.rand(3)).budget
     torch.testing.assert_close(budget, asked)
-    own = model.bert.own_budget
-    assert torch.sigmoid(own()).item() == pytest.approx(config.target_head_budget)
+    torch.testing.assert_close(own(), budget_to_logit(torch.tensor([config.target_head_budget]), 1 / 4))
+
+
+def test_inputs_that_need_more_are_given_more_and_none_can_run_away():
+    router = router_of(need_scale=2.0).eval()
+    torch.nn.init.zeros_(router.controller.output.weight)
+    with torch.no_grad():
+        router.controller.need.weight.mul_(50.0)
+    routing = router(torch.randn(64, 16), torch.zeros(64), torch.rand(64))
+    order = routing.need.argsort()
+    assert (routing.budget[order].diff() >= 0).all()
+    assert routing.need.abs().max() > 2.0
+    least, most = (1 / 4 + 3 / 4 * torch.sigmoid(torch.tensor(x)).item() for x in (-4.0, 4.0))
+    assert routing.budget.min().item() == pytest.approx(least)
+    assert routing.budget.max().item() == pytest.approx(most)
+
+
+def test_what_an_input_needs_is_learned_from_its_cost_alone():
+    """The gradient of the gates moves the deviation, not the estimate of the need."""
+    router = router_of()
+    routing = router(torch.randn(5, 16), torch.zeros(5), torch.rand(5))
+    need = router.controller.need
+    assert torch.autograd.grad(routing.gates.sum(), need.weight, retain_graph=True, allow_unused=True) == (None,)
+    [gradient] = torch.autograd.grad(need_loss(routing.need[:, None], torch.rand(5)), need.weight)
+    assert gradient.abs().max() > 0
 
 
 def test_soft_gates_weigh_all_heads_in_training_and_choose_the_ceiling_at_inference():
     router = router_of(gate_type="soft")
     pooled, logit = torch.randn(6, 16), torch.zeros(6)
-    gates, budget, _ = router(pooled, logit, temperature=2.3, noise=1.5)
+    gates = router(pooled, logit, torch.rand(6), temperature=2.3, noise=1.5).gates
     assert ((gates > 0) & (gates <= 1)).all()
     assert not ((gates == 0) | (gates == 1)).all()
-    chosen, budget, _ = router.eval()(pooled, logit)
+    chosen, budget, *_ = router.eval()(pooled, logit, torch.rand(6))
     assert chosen.sum(-1).tolist() == torch.ceil(budget * 4 - 1e-4).clamp(min=1).tolist()
 
 
@@ -134,7 +202,7 @@ def surrogate_inputs(seed):
     budget = (torch.rand(5, generator=generator, dtype=torch.float64) * 0.8 + 0.1).requires_grad_()
     scores = torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_()
     ranks = rank_heads(scores.detach())
-    threshold = score_threshold(scores, count_open(budget.detach(), 4))
+    threshold = score_threshold(scores, count_open(budget.detach(), torch.full_like(budget, 0.5), 4)[0])
     return budget, scores, ranks, threshold
 
 
@@ -146,14 +214,14 @@ def test_surrogate_gradients_equal_finite_differences(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hard_gates_take_the_surrogates_gradient(seed):
-    router = router_of(score_noise=0.0).double()
+    router = router_of().double()
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randn(5, 16, generator=generator, dtype=torch.float64)
     logit = torch.randn(5, generator=generator, dtype=torch.float64)
     direction = torch.randn(5, 4, generator=generator, dtype=torch.float64)
 
     torch.manual_seed(seed)
-    gates, budget, scores = router(pooled, logit, temperature=0.7, noise=0.0)
+    gates, budget, scores, *_ = router(pooled, logit, torch.rand(5), temperature=0.7, noise=0.0)
     assert set(gates.detach().unique().tolist()) <= {0.0, 1.0}
     got = torch.autograd.grad((gates * direction).sum(), [budget, scores], retain_graph=True)
 
@@ -194,7 +262,7 @@ def test_weight_decay_does_not_touch_the_own_budget(tmp_path):
 
 
 def test_the_own_budget_keeps_a_finite_logit_at_its_extremes():
-    own = OwnBudget(config_of(target_head_budget=1.0, budget_max=1.0))
+    own = OwnBudget(config_of(target_head_budget=1.0))
     assert math.isfinite(own.initial)
 
 
@@ -230,10 +298,49 @@ def test_pooling_ignores_padding_and_passes_no_gradient():
 
 
 def test_budget_terms():
-    assert budget_hinge(torch.tensor(0.5), 0.1, 0.9).item() == 0.0
-    assert budget_hinge(torch.tensor(0.05), 0.1, 0.9).item() == pytest.approx(0.05)
-    assert budget_hinge(torch.tensor(1.0), 0.1, 0.9).item() == pytest.approx(0.1)
-    assert budget_distance(torch.tensor(0.5), torch.tensor(0.2)).item() == pytest.approx(0.09)
+    assert budget_hinge(torch.tensor(0.5)).item() == 0.0
+    assert budget_hinge(torch.tensor(0.05)).item() == pytest.approx(0.05)
+    assert budget_hinge(torch.tensor(1.0)).item() == pytest.approx(0.1)
+    assert budget_distance(torch.tensor(0.4), torch.tensor(0.2)).item() == pytest.approx(math.log(2) ** 2)
+    assert budget_distance(torch.tensor(0.1), torch.tensor(0.2)).item() == pytest.approx(math.log(2) ** 2)
+
+
+def test_divergence_from_a_teacher_is_that_of_torch():
+    logits, teacher = torch.randn(5, 3), torch.randn(5, 3)
+    distribution = torch.distributions
+    expected = distribution.kl_divergence(
+        distribution.Categorical(logits=teacher), distribution.Categorical(logits=logits)
+    )
+    torch.testing.assert_close(teacher_divergence(logits, teacher, "single_label_classification"), expected)
+    several = distribution.kl_divergence(
+        distribution.Bernoulli(logits=teacher), distribution.Bernoulli(logits=logits)
+    ).sum(-1)
+    found = teacher_divergence(logits, teacher, "multi_label_classification")
+    torch.testing.assert_close(found, several, rtol=1e-4, atol=1e-6)
+    squares = (logits - teacher).square().mean(-1)
+    torch.testing.assert_close(teacher_divergence(logits, teacher, "regression"), squares)
+    assert teacher_divergence(teacher, teacher, "").abs().max() == 0.0
+
+
+def test_the_cost_of_each_input_is_its_share_of_the_task_loss():
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, -100, 1])
+    cost = task_cost(logits, labels, "")
+    assert cost[3] == 0.0
+    torch.testing.assert_close(cost.sum() / 4, torch.nn.functional.cross_entropy(logits, labels))
+    several = torch.randint(0, 2, (5, 3))
+    mean = torch.nn.functional.binary_cross_entropy_with_logits(logits, several.float())
+    torch.testing.assert_close(task_cost(logits, several, "multi_label_classification").mean() / 3, mean)
+    torch.testing.assert_close(task_cost(logits[:, :1], torch.zeros(5), "regression"), logits[:, 0].square())
+
+
+def test_need_is_compared_within_the_batch():
+    cost = torch.tensor([0.01, 0.1, 1.0])
+    target = (cost + 1e-3).log()
+    target = (target - target.mean()) / target.std()
+    assert need_loss(target[:, None].expand(3, 4), cost).item() == pytest.approx(0.0, abs=1e-9)
+    assert need_loss(target[:, None], cost * 2).item() == pytest.approx(0.0, abs=1e-4)  # its scale is nothing
+    assert need_loss(torch.zeros(1, 4), torch.tensor([3.0])).item() == 0.0  # one input: nothing to compare
+    assert need_loss(torch.zeros(3, 4), torch.full((3,), 0.5)).item() == 0.0
 
 
 def test_entropy_is_one_for_uniform_and_zero_for_certain_relevance():

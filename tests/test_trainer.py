@@ -136,7 +136,7 @@ def test_accumulated_gradients_equal_the_large_batchs(tokenizer, tokenized, tmp_
     gradients = []
     for accumulation, batch_size in ((1, 16), (4, 4)):
         set_seed(0)
-        model = budgetformer("bert", **DETERMINISTIC, budget_loss_weight=0.0, entropy_loss_weight=0.0, stir=False)
+        model = budgetformer("bert", **DETERMINISTIC, budget_loss_weight=0.0, need_scale=0.0, stir=False)
         keeper = GradientsAtFirstStep()
         trainer_for(
             model, tmp_path, tokenizer, tokenized.select(range(16)), max_steps=1, callbacks=[keeper],
@@ -203,7 +203,7 @@ def test_the_callback_logs_the_parts_of_the_loss_for_everyone_who_reads_logs(tok
 
 def test_the_callback_needs_a_budgetformer(tokenizer, tokenized, tmp_path):
     trainer = trainer_for(stock_classifier("bert"), tmp_path, tokenizer, tokenized, callbacks=[BudgetCallback()])
-    with pytest.raises(TypeError, match="BudgetCallback needs a BudgetFormer model, got BertForSequenceClassification"):
+    with pytest.raises(TypeError, match="BudgetCallback needs a BudgetFormer model with routers, got BertForSequenceClassification"):
         trainer.train()
 
 
@@ -233,7 +233,7 @@ WORKER = Path(__file__).parent / "ddp_worker.py"
 
 def test_two_processes_give_the_gradient_of_the_whole_batch_and_one_schedule(tokenizer, tokenized, tmp_path):
     set_seed(0)
-    model = budgetformer("bert", stir=False, **DETERMINISTIC, budget_loss_weight=0.0, entropy_loss_weight=0.0)
+    model = budgetformer("bert", stir=False, **DETERMINISTIC, budget_loss_weight=0.0, need_scale=0.0)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     tokenized.save_to_disk(tmp_path / "data")

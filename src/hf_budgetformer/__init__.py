@@ -8,7 +8,7 @@ from .modeling_budgetformer import (
     BudgetFormerModel,
     BudgetFormerPreTrainedModel,
 )
-from .tools.training import BudgetCallback
+from .tools.training import BudgetCallback, add_teacher_logits
 
 
 __version__ = "0.1.0"
@@ -28,4 +28,5 @@ __all__ = [
     "BudgetFormerForSequenceClassification",
     "BudgetFormerModel",
     "BudgetFormerPreTrainedModel",
+    "add_teacher_logits",
 ]

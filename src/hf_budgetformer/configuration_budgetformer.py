@@ -67,32 +67,31 @@ class BudgetFormerConfig(PreTrainedConfig):
         backbone_model_type: Architecture of the encoder, a key of `backbones.BACKBONES`: "bert" or "roberta".
         head_budget: Share of the heads every input gets unless a call asks for another, or None for the budget the
             model chooses itself. Default None.
-        target_head_budget: Mean share the model's own budget is trained towards, within
-            [budget_min, budget_max]; None leaves only those two bounds, as the paper does. Default 0.5.
-        budget_min: Lower bound of the mean own budget, a share; below it the loss grows. Default 0.1 (paper).
-        budget_max: Upper bound of the mean own budget, a share; above it the loss grows. Default 0.9 (paper).
+        target_head_budget: Mean share the model's own budget is trained towards; None keeps it within [0.1, 0.9]
+            only, as the paper does. Default 0.5.
         budget_sampling: Fraction in [0, 1] of the training batches that run at a requested budget, drawn
             log-uniformly from [1/heads, 1], rather than at the model's own. Without it a checkpoint collapses at
             budgets it was not trained at. Default 0.5.
-        budget_loss_weight: Weight >= 0 of the budget terms of the loss. Default 20.
-        entropy_loss_weight: Weight >= 0 of the entropy term of the loss, which rewards spread-out relevance at the
-            start of exploration and penalises it at the end. Default 0.01; the paper gives no value.
+        budget_loss_weight: Weight >= 0 of the budget terms of the loss. Default 5.
+        need_scale: How far budgets follow the input, >= 0: logits that an input gets for each standard deviation its
+            predicted cost of a low budget lies above the mean. 0 gives all inputs about the same. Default 2.
+        distillation_weight: Share in [0, 1] of the training loss that is the divergence from `teacher_logits`, where
+            these are given; the rest is the task's. Default 0.5.
         gate_type: "hard" (gates are 0 or 1 in training and inference, gradients pass straight through) or "soft"
             (as in the paper: all heads weighted in training, the ceil(budget * heads) best run at inference).
             Default "hard".
         router_hidden_size: Units >= 1 of the hidden layer of each budget controller. Default 64.
         router_lr_multiplier: How many times larger an optimiser step the routers take than the rest of the model, > 0.
             Routers start from scratch and need a rate of about 2e-3. Default 40, for a Trainer at 5e-5.
-        initial_temperature: Temperature > 0 of the head scores when training starts. Default 2.3.
-        final_temperature: Temperature > 0 they anneal to, at most `initial_temperature`. Default 0.3.
-        score_noise: Scale >= 0 of the Gumbel noise on the scores when training starts; it anneals to none.
-            Default 1.5.
         executor: How closed heads are treated at inference: "auto" (skipped where that is faster), "sparse" (always
             skipped), or "masked" (computed and multiplied by zero: the reference). Training and recorded attentions
             compute every head whichever is set. Default "auto".
         exploration_steps: Number >= 0 of training forward passes from exploration to exploitation, that is until
-            temperature and noise reach their final values. With gradient accumulation a pass is a micro-batch.
-            Default 500.
+            the noise on the scores is gone and their temperature low. With gradient accumulation a pass is a
+            micro-batch. Default 500.
+        static_heads: For each layer the heads that are left of it, a rising list of indices, for a model that was cut
+            down to them (see `tools.baselines.prune`): it has no routers, and all of its heads always run. None: all
+            heads, and routers. Default None.
 
     Raises:
         StrictDataclassFieldValidationError: A field's value is not allowed; names the field, the value and the range.
@@ -131,19 +130,16 @@ class BudgetFormerConfig(PreTrainedConfig):
 
     head_budget: float | int | None = _share(None)
     target_head_budget: float | int | None = _share(0.5)
-    budget_min: float | int = _fraction(0.1)
-    budget_max: float | int = _fraction(0.9)
     budget_sampling: float | int = _fraction(0.5)
-    budget_loss_weight: float | int = _not_negative(20.0)
-    entropy_loss_weight: float | int = _not_negative(0.01)
+    budget_loss_weight: float | int = _not_negative(5.0)
+    need_scale: float | int = _not_negative(2.0)
+    distillation_weight: float | int = _fraction(0.5)
     gate_type: str = _checked("'hard' or 'soft'", lambda v: v in ("hard", "soft"), "hard")
     router_hidden_size: int = _count(64)
     router_lr_multiplier: float | int = _positive(40.0)
-    initial_temperature: float | int = _positive(2.3)
-    final_temperature: float | int = _positive(0.3)
-    score_noise: float | int = _not_negative(1.5)
     exploration_steps: int = _count(500, least=0)
     executor: str = _checked(f"one of {list(EXECUTOR_CHOICES)}", lambda v: v in EXECUTOR_CHOICES, "auto")
+    static_heads: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("model_type", self.model_type) != self.model_type:
@@ -164,26 +160,16 @@ class BudgetFormerConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}."
             )
 
-    def validate_budget_bounds(self) -> None:
-        """The bounds of the own budget must leave room, and its target must lie between them."""
-        if self.budget_min > self.budget_max:
+    def validate_static_heads(self) -> None:
+        """Every layer keeps at least one of its heads."""
+        if self.static_heads is None:
+            return
+        heads = range(self.num_attention_heads)
+        good = [x and all(h in heads for h in x) and x == sorted(set(x)) for x in self.static_heads]
+        if len(good) != self.num_hidden_layers or not all(good):
             raise ValueError(
-                f"budget_min must not exceed budget_max, got budget_min={self.budget_min} and "
-                f"budget_max={self.budget_max}."
-            )
-        target = self.target_head_budget
-        if target is not None and not self.budget_min <= target <= self.budget_max:
-            raise ValueError(
-                f"target_head_budget must lie in [budget_min, budget_max] = [{self.budget_min}, {self.budget_max}], "
-                f"got {target}."
-            )
-
-    def validate_temperatures(self) -> None:
-        """Training anneals from exploration (high) to exploitation (low)."""
-        if self.final_temperature > self.initial_temperature:
-            raise ValueError(
-                f"final_temperature must not exceed initial_temperature, got final_temperature="
-                f"{self.final_temperature} and initial_temperature={self.initial_temperature}."
+                f"static_heads must hold, for each of {self.num_hidden_layers} layers, a rising list of at least one "
+                f"head in [0, {self.num_attention_heads}), got {self.static_heads}."
             )
 
     @classmethod

@@ -7,25 +7,85 @@ import torch
 from torch.nn import functional as F
 
 
-def budget_hinge(mean_budget: torch.Tensor, budget_min: float, budget_max: float) -> torch.Tensor:
-    """Distance of the mean budget from [budget_min, budget_max]; zero inside (arXiv 2604.22583).
+# Of the mean budget where it has no target, and the weight of the entropy term with soft gates: the paper's bounds, and
+# a value it does not give.
+BUDGET_BOUNDS = (0.1, 0.9)
+ENTROPY_WEIGHT = 0.01
 
-    Args:
-        mean_budget: Scalar, a share of the heads.
-        budget_min: Lower bound, a share.
-        budget_max: Upper bound, a share.
-    """
-    return F.relu(budget_min - mean_budget) + F.relu(mean_budget - budget_max)
+
+def budget_hinge(mean_budget: torch.Tensor) -> torch.Tensor:
+    """Distance of the mean budget, a scalar share, from `BUDGET_BOUNDS`; zero inside (arXiv 2604.22583)."""
+    least, most = BUDGET_BOUNDS
+    return F.relu(least - mean_budget) + F.relu(mean_budget - most)
 
 
 def budget_distance(mean_budget: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Squared distance of the mean budget to the one asked for; a mean over the batch, so that inputs may differ.
+    """Squared distance of the logarithms of the mean budget and the one asked for, so relative to what is asked.
+
+    Of a mean over the batch, so that inputs may differ.
 
     Args:
         mean_budget: Scalar, a share of the heads.
         target: Scalar, a share of the heads.
     """
-    return (mean_budget - target).square()
+    return (mean_budget.log() - target.log()).square()
+
+
+def teacher_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, problem_type: str) -> torch.Tensor:
+    """How far each input's prediction is from a teacher's.
+
+    Args:
+        logits: (B, labels).
+        teacher_logits: (B, labels).
+        problem_type: As in a configuration: of one label of many the Kullback-Leibler divergence, of several labels
+            the sum of their binary ones, in nats; of a regression the mean squared difference.
+
+    Returns:
+        (B,), at least float32, >= 0.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits, teacher_logits = logits.to(dtype), teacher_logits.to(dtype)
+    if problem_type == "regression":
+        return (logits - teacher_logits).square().mean(-1)
+    if problem_type == "multi_label_classification":
+        logits, teacher_logits = (torch.stack([x, torch.zeros_like(x)], -1) for x in (logits, teacher_logits))
+        return _divergence(logits, teacher_logits).sum(-1)
+    return _divergence(logits, teacher_logits)
+
+
+def _divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    expected = teacher_logits.log_softmax(-1)
+    return (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1).clamp(min=0.0)
+
+
+def task_cost(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
+    """Loss of each input: what stands in for a teacher's divergence where there is none. (B, labels) -> (B,)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if problem_type == "regression":
+        return (logits - labels.view_as(logits)).square().mean(-1)
+    if problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").sum(-1)
+    return F.cross_entropy(logits, labels.view(-1), reduction="none")  # 0 where a label is ignored
+
+
+def need_loss(need: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the predicted need, told what the present budget really cost each input.
+
+    The inputs of a training batch share their budget, so what differs is the inputs' own: the logarithm of the cost,
+    standardised within the batch.
+
+    Args:
+        need: (B, layers), what each layer's controller predicts.
+        cost: (B,) >= 0, a constant here: `teacher_divergence` or `task_cost`.
+
+    Returns:
+        Scalar; with a single input nothing can be compared, and need is drawn to 0.
+    """
+    target = (cost.detach() + 1e-3).log()
+    target = target - target.mean()
+    if len(target) > 1:
+        target = target / (target.std() + 1e-6)
+    return (need - target[:, None]).square().mean()
 
 
 def score_entropy(scores: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,28 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import GatedSelfAttention, gated_attention
 from .backbones import BACKBONES, max_input_length
 from .configuration_budgetformer import EXECUTOR_CHOICES, BudgetFormerConfig, is_share
-from .losses import attach_loss, budget_distance, budget_hinge, score_entropy
+from .losses import (
+    ENTROPY_WEIGHT,
+    attach_loss,
+    budget_distance,
+    budget_hinge,
+    need_loss,
+    score_entropy,
+    task_cost,
+    teacher_divergence,
+)
 from .packing import Packing, find_packing
-from .routing import ExplorationSchedule, GateLinear, HeadRouter, OwnBudget, pool_packed_tokens, pool_tokens
+from .routing import (
+    ExplorationSchedule,
+    GateLinear,
+    HeadRouter,
+    OwnBudget,
+    Routing,
+    budget_to_logit,
+    least_budget,
+    pool_packed_tokens,
+    pool_tokens,
+)
 
 
 # Sent along by Trainer, pipelines and decorators; none of them changes what an encoder computes.
@@ -39,11 +58,14 @@ class BudgetFormerModelOutput(BaseModelOutputWithPooling):
         head_budget: (B,), float: share of all heads that each input really used, the mean of its gates.
         head_gates: (B, layers, H), float, on request: 1 for an open head, 0 for a closed one.
         aux_loss: Scalar, while training: the routers' terms of the loss, weighted.
+        need: (B, layers), float, while training: what each layer predicts a low budget to cost each input, in
+            standard deviations.
     """
 
     head_budget: torch.Tensor | None = None
     head_gates: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    need: torch.Tensor | None = None
 
 
 @dataclass
@@ -192,12 +214,17 @@ class PaddedLayout:
 
 
 class BudgetFormerLayer(BertLayer):
-    """Stock transformer layer whose attention is gated by a router of its own."""
+    """Stock transformer layer whose attention is gated by a router of its own, or cut down to its static heads."""
 
     def __init__(self, config: BudgetFormerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx=layer_idx)
+        self.heads = config.num_attention_heads
+        self.static_heads = None if config.static_heads is None else config.static_heads[layer_idx]
         self.attention.self = GatedSelfAttention(config, layer_idx=layer_idx)
-        self.router = HeadRouter(config)
+        self.router = HeadRouter(config) if self.static_heads is None else None
+        if self.static_heads is not None:
+            output = self.attention.output
+            output.dense = self.attention.self.keep_heads(len(self.static_heads), output.dense)
 
     def forward(
         self,
@@ -205,51 +232,57 @@ class BudgetFormerLayer(BertLayer):
         layout: "PaddedLayout | Packing",
         executor: str,
         budget_logit: torch.Tensor | None,
-        temperature: torch.Tensor,
-        noise: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        temperature: torch.Tensor | float,
+        noise: torch.Tensor | float,
+        carry: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         """Routes, attends and feeds forward. Keeps nothing: under gradient checkpointing it runs twice.
 
         Args:
             hidden_states: (B, L, D), or packed (T, D).
             layout: The batch's masks, or its packing.
             executor: Of a packed batch, see `gated_attention`.
-            budget_logit: (B,), logit of the budget asked for; None: all heads, and nothing is routed.
+            budget_logit: (B,), the budget asked for; None: all heads, and nothing is routed.
             temperature: Scalar.
             noise: Scalar.
+            carry: (B,), see `Routing`.
 
         Returns:
-            hidden states as they came, gates (B, H), budget (B,), scores (B, H).
+            hidden states as they came, and the fields of a `Routing`.
         """
         output = self.attention.output
-        gates, budget, scores = self._route(hidden_states, layout, budget_logit, temperature, noise)
+        routing = self._route(hidden_states, layout, budget_logit, temperature, noise, carry)
+        gates = routing.gates if self.static_heads is None else None
         if isinstance(layout, Packing):
             projected = gated_attention(self.attention.self, output.dense, hidden_states, layout, gates, executor)
             attended = output.LayerNorm(output.dropout(projected) + hidden_states)
-            return self._feed_forward_packed(attended), gates, budget, scores
+            return self._feed_forward_packed(attended), *routing
         context, _ = self.attention.self(hidden_states, layout.attention_mask, gates=gates)
         fed_forward = apply_chunking_to_forward(
             self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, output(context, hidden_states)
         )
-        return fed_forward, gates, budget, scores
+        return fed_forward, *routing
 
     def _route(
         self,
         hidden_states: torch.Tensor,
         layout: "PaddedLayout | Packing",
         budget_logit: torch.Tensor | None,
-        temperature: torch.Tensor,
-        noise: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if budget_logit is None:
-            batch = len(layout.lengths) if isinstance(layout, Packing) else len(hidden_states)
-            every = torch.ones(batch, self.attention.self.num_attention_heads, device=hidden_states.device)
-            return every, every[:, 0], every
+        temperature: torch.Tensor | float,
+        noise: torch.Tensor | float,
+        carry: torch.Tensor,
+    ) -> Routing:
+        if self.router is None or budget_logit is None:
+            kept = range(self.heads) if self.static_heads is None else self.static_heads
+            gates = carry.new_zeros(len(carry), self.heads)
+            gates[:, kept] = 1.0
+            return Routing(gates, gates.mean(-1), gates, carry, carry)
         if isinstance(layout, Packing):
             pooled = pool_packed_tokens(hidden_states, layout)
         else:
             pooled = pool_tokens(hidden_states, layout.token_mask)
-        return self.router(pooled, budget_logit, temperature, noise)
+        routing: Routing = self.router(pooled, budget_logit, carry, temperature, noise)
+        return routing
 
     def _feed_forward_packed(self, hidden: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or len(hidden) <= _CHUNK_TOKENS:
@@ -264,20 +297,18 @@ class BudgetFormerEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BudgetFormerLayer(config, index) for index in range(config.num_hidden_layers))
 
-    def forward(
-        self, hidden_states: torch.Tensor, *shared: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states (B, L, D) or (T, D), and whatever every layer takes beside them.
+    def forward(self, hidden_states: torch.Tensor, *shared: Any, carry: torch.Tensor) -> tuple[torch.Tensor, Routing]:
+        """Hidden states (B, L, D) or (T, D), whatever every layer takes beside them, and the first layer's carry (B,).
 
         Returns:
-            hidden states as they came, gates (B, layers, H), budgets (B, layers), scores (B, layers, H).
+            hidden states as they came, and the layers' routings, stacked: gates (B, layers, H), budget (B, layers)...
         """
         routed = []
         for layer in self.layer:
-            hidden_states, *choice = layer(hidden_states, *shared)
-            routed.append(choice)
-        gates, budgets, scores = (torch.stack(parts, dim=1) for parts in zip(*routed, strict=True))
-        return hidden_states, gates, budgets, scores
+            hidden_states, *parts = layer(hidden_states, *shared, carry)
+            routed.append(Routing(*parts))
+            carry = routed[-1].carry
+        return hidden_states, Routing(*(torch.stack(parts, dim=1) for parts in zip(*routed, strict=True)))
 
 
 class BudgetFormerModel(BudgetFormerPreTrainedModel):
@@ -298,8 +329,9 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         self.embeddings: Any = BACKBONES[config.backbone_model_type].embeddings(config)
         self.encoder = BudgetFormerEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
-        self.own_budget = OwnBudget(config)
-        self.exploration = ExplorationSchedule(config)
+        static = config.static_heads is not None
+        self.own_budget: Any = None if static else OwnBudget(config)
+        self.exploration: Any = None if static else ExplorationSchedule(config)
         self.training_log: dict[str, torch.Tensor] = {}
         self.post_init()
 
@@ -344,10 +376,11 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         """
         batch, length = _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         executor = self._check_executor(executor)
-        device = self.own_budget.bias.device
         if head_budget is None:
             head_budget = self.config.head_budget
-        requested = None if head_budget is None else _check_head_budget(head_budget, batch, device)
+        if head_budget is not None and self.own_budget is None:
+            raise ValueError(f"head_budget must be None, the heads of this model are static; got {head_budget!r}.")
+        requested = None if head_budget is None else _check_head_budget(head_budget, batch, self.device)
 
         hidden_states = self.embeddings(
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
@@ -383,9 +416,12 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         **kwargs: Any,
     ) -> BudgetFormerModelOutput:
         batch, length = hidden_states.shape[:2]
-        learning = self.training and torch.is_grad_enabled()
-        budget_logit, target, sampled = self._ask(requested, batch, learning)
-        temperature, noise = self.exploration()
+        learning = self.training and torch.is_grad_enabled() and self.own_budget is not None
+        budget_logit, target, sampled = self._ask(requested, batch)
+        temperature, noise = (1.0, 0.0) if self.exploration is None else self.exploration()
+        carry = hidden_states.new_full((batch,), 0.5, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+        if self.training:
+            carry = torch.rand_like(carry)
         layout: PaddedLayout | Packing
         if packing is None:
             token_mask = hidden_states.new_ones(batch, length) if attention_mask is None else attention_mask
@@ -394,75 +430,70 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             )
             layout = PaddedLayout(mask, token_mask)
         else:
-            layout, hidden_states, budget_logit = packing, packing.pack(hidden_states), budget_logit
+            layout, hidden_states, carry = packing, packing.pack(hidden_states), packing.sort(carry)
             budget_logit = None if budget_logit is None else packing.sort(budget_logit)
-        hidden_states, gates, budgets, scores = self.encoder(
-            hidden_states, layout, executor, budget_logit, temperature, noise
+        hidden_states, routing = self.encoder(
+            hidden_states, layout, executor, budget_logit, temperature, noise, carry=carry
         )
+        gates, need = routing.gates, routing.need
         if packing is not None:
-            hidden_states, gates = packing.unpack(hidden_states), packing.unsort(gates)
-        aux_loss = None
-        if learning:
-            aux_loss = self._aux_loss(budgets, scores, target, sampled, temperature)
-            self.exploration.steps += 1
+            hidden_states, gates, need = packing.unpack(hidden_states), packing.unsort(gates), packing.unsort(need)
+        aux_loss = self._aux_loss(routing, target, sampled) if learning else None
         return BudgetFormerModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=None if self.pooler is None else self.pooler(hidden_states),
             head_budget=gates.detach().mean((1, 2)),
             head_gates=gates,
             aux_loss=aux_loss,
+            need=need if learning else None,
         )
 
     def _ask(
-        self, requested: torch.Tensor | None, batch: int, learning: bool
+        self, requested: torch.Tensor | None, batch: int
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """The budget to aim for: a logit (B,), the mean share (1,) to train towards, whether it is a request (1,).
 
-        The logit is None where all heads are asked for and nothing is learned: there is nothing to route.
+        The logit is None where all heads run and nothing is learned: there is nothing to route.
         """
-        own = self.own_budget()
+        if self.own_budget is None:
+            everything = torch.ones(1, device=self.device)
+            return None, everything, everything.bool()
+        own, least = self.own_budget(), least_budget(self.config)
         if requested is not None:
             mean, everything = requested.mean(0, keepdim=True), torch.ones_like(own).bool()
             if not self.training and _values_are_known() and bool((requested == 1.0).all()):
                 return None, mean, everything
             # The own budget stays in the graph, or distributed training would wait for its gradient.
-            return torch.logit(requested) + 0.0 * own, mean, everything
+            return budget_to_logit(requested, least) + 0.0 * own, mean, everything
         target = torch.full_like(own, self.config.target_head_budget or 0.0)
-        if not learning:
+        if not self.training:
             return own.expand(batch), target, torch.zeros_like(own).bool()
         draw, which = torch.rand(2, 1, device=own.device, dtype=own.dtype)
         sampled = which < self.config.budget_sampling
         share = self.config.num_attention_heads**-draw  # log-uniform in (1/H, 1]
-        return torch.where(sampled, torch.logit(share), own).expand(batch), torch.where(sampled, share, target), sampled
+        logit = torch.where(sampled, budget_to_logit(share, least), own)
+        return logit.expand(batch), torch.where(sampled, share, target), sampled
 
-    def _aux_loss(
-        self,
-        budgets: torch.Tensor,
-        scores: torch.Tensor,
-        target: torch.Tensor,
-        sampled: torch.Tensor,
-        temperature: torch.Tensor,
-    ) -> torch.Tensor:
-        config = self.config
-        # No layer spends less than one head, whatever its controller says.
-        spent = budgets.clamp(min=1.0 / config.num_attention_heads).mean()
-        distance = budget_distance(spent, target)
-        own_terms = budget_hinge(spent, config.budget_min, config.budget_max)
-        if config.target_head_budget is not None:
-            own_terms = own_terms + distance
-        budget_loss = torch.where(sampled, distance, own_terms).mean()
-        entropy = score_entropy(scores)
-        progress = self.exploration.progress()
-        # Rewarded while exploring, penalised while exploiting.
-        entropy_loss = (2.0 * progress - 1.0) * entropy
+    def _aux_loss(self, routing: Routing, target: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        config, exploration = self.config, self.exploration
+        spent, entropy, progress = routing.budget.mean(), score_entropy(routing.scores), exploration.progress()
+        if config.target_head_budget is None:
+            budget_loss = torch.where(sampled, budget_distance(spent, target.clamp(min=1e-6)), budget_hinge(spent))
+        else:
+            budget_loss = budget_distance(spent, target)
+        budget_loss = budget_loss.mean()
         self.training_log = {
             "budget": spent.detach(),
             "budget_loss": budget_loss.detach(),
             "entropy": entropy.detach(),
-            "temperature": temperature.detach(),
+            "temperature": exploration()[0].detach(),
             "progress": progress.detach(),
         }
-        return config.budget_loss_weight * budget_loss + config.entropy_loss_weight * entropy_loss
+        exploration.steps += 1
+        aux_loss = config.budget_loss_weight * budget_loss + 0.0 * routing.need.sum()  # in the graph, whoever trains it
+        if config.gate_type == "soft":  # the paper's: rewarded while exploring, penalised while exploiting
+            aux_loss = aux_loss + ENTROPY_WEIGHT * (2.0 * progress - 1.0) * entropy
+        return aux_loss
 
 
 class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
@@ -488,6 +519,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        teacher_logits: torch.Tensor | None = None,
         head_budget: float | torch.Tensor | None = None,
         output_head_gates: bool = False,
         executor: str | None = None,
@@ -503,6 +535,9 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             inputs_embeds: (B, L, D), float.
             labels: As in the stock classes: (B,) int64 in [0, num_labels) for one label per input (-100 is ignored),
                 (B, num_labels) float for several, (B,) float for a regression with num_labels=1.
+            teacher_logits: (B, num_labels), float: what another model, usually the fine-tuned backbone, says of these
+                inputs (see `tools.training.add_teacher_logits`). While training, `config.distillation_weight` of the
+                loss is the divergence from them; ignored at inference.
             head_budget: Share of all heads asked for, a float in (0, 1] or a float tensor (B,).
             output_head_gates: Whether to return `head_gates`.
             executor: "auto", "sparse" or "masked", see [`BudgetFormerConfig`]; None: `config.executor`.
@@ -523,17 +558,19 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        if teacher_logits is not None:
+            self._check_teacher_logits(teacher_logits, len(outputs.last_hidden_state))
         reads_pooler = BACKBONES[self.config.backbone_model_type].reads_pooler
         logits = self.classifier(outputs.pooler_output if reads_pooler else outputs.last_hidden_state)
 
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-            if outputs.aux_loss is not None:
-                encoder.training_log["task_loss"] = loss.detach()
-                loss = loss + outputs.aux_loss
-        elif outputs.aux_loss is not None:
-            logits = attach_loss(logits, outputs.aux_loss)
+        aux_loss = outputs.aux_loss
+        if self.training and torch.is_grad_enabled():
+            loss, aux_loss = self._training_loss(loss, aux_loss, logits, labels, teacher_logits, outputs.need)
+            if loss is None and aux_loss is not None:
+                logits = attach_loss(logits, aux_loss)
         return BudgetFormerClassifierOutput(
             loss=loss,
             logits=logits,
@@ -541,8 +578,43 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             attentions=outputs.attentions,
             head_budget=outputs.head_budget,
             head_gates=outputs.head_gates,
-            aux_loss=outputs.aux_loss,
+            aux_loss=aux_loss,
         )
+
+    def _training_loss(
+        self,
+        loss: torch.Tensor | None,
+        aux_loss: torch.Tensor | None,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        teacher_logits: torch.Tensor | None,
+        need: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss with all its terms, None without labels, and the terms that are not the task's."""
+        encoder: Any = self.base_model
+        log = encoder.training_log
+        problem_type = self.config.problem_type or ("regression" if self.num_labels == 1 else "")
+        if loss is not None:
+            log["task_loss"] = loss.detach()
+        cost = None if labels is None else task_cost(logits.detach(), labels, problem_type)
+        if teacher_logits is not None:
+            cost = teacher_divergence(logits, teacher_logits, problem_type)
+            log["distillation_loss"] = cost.detach().mean()
+            distilled = self.config.distillation_weight * cost.mean()
+            aux_loss = distilled if aux_loss is None else aux_loss + distilled
+            loss = None if loss is None else (1.0 - self.config.distillation_weight) * loss
+        if need is not None and cost is not None and self.config.need_scale:
+            regression = need_loss(need, cost)
+            log["need_loss"] = regression.detach()
+            aux_loss = regression if aux_loss is None else aux_loss + regression
+        return loss if loss is None or aux_loss is None else loss + aux_loss, aux_loss
+
+    def _check_teacher_logits(self, teacher_logits: torch.Tensor, batch: int) -> None:
+        if teacher_logits.shape != (batch, self.num_labels) or not teacher_logits.is_floating_point():
+            raise ValueError(
+                f"teacher_logits must be a float tensor of shape ({batch}, {self.num_labels}), one value for each "
+                f"input and label, got {teacher_logits.dtype} of shape {tuple(teacher_logits.shape)}."
+            )
 
     def _check_labels(self, labels: torch.Tensor) -> None:
         one_of_many = self.num_labels > 1 and labels.dtype in (torch.int64, torch.int32)

@@ -5,7 +5,7 @@ this project's; `gate_type="soft"` is the paper's own way.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,11 @@ from .packing import Packing
 # Keeps a share such as 5/8 of 4 heads from being decided by the last bit of a sigmoid, which may differ between the
 # rows of a batch.
 _ROUNDING_SLACK = 1e-4
+# Of the head scores while training: Gumbel noise falls from this scale to none, the temperature from high to low.
+_SCORE_NOISE = 1.5
+_TEMPERATURES = (2.3, 0.3)
+# Standard deviations an input's need may differ from the batch's mean and still count.
+_NEED_LIMIT = 2.0
 
 
 def scaled(parameter: torch.Tensor, multiplier: float) -> torch.Tensor:
@@ -64,6 +69,20 @@ class GateLinear(nn.Linear):
         )
 
 
+def least_budget(config: Any) -> float:
+    """The share no layer goes below: one head. Soft gates know none, their budget is a plain sigmoid (the paper's)."""
+    return 0.0 if config.gate_type == "soft" or config.num_attention_heads == 1 else 1.0 / config.num_attention_heads
+
+
+def budget_to_logit(share: torch.Tensor, least: float) -> torch.Tensor:
+    """Logit of how far a share of the heads lies between `least` and 1: minus infinity at `least`, infinity at 1.
+
+    On this scale controllers deviate from what is asked: freely in the middle, and not at all at either end, where
+    no layer could make up for another.
+    """
+    return torch.logit(((share - least) / (1.0 - least)).clamp(0.0, 1.0))
+
+
 class OwnBudget(nn.Module):
     """The budget the model chooses when none is requested: one trainable scalar, a logit, for all layers.
 
@@ -74,8 +93,9 @@ class OwnBudget(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.multiplier = float(config.router_lr_multiplier)
-        target = config.target_head_budget
-        share = min(0.5 if target is None else target, 1.0 - 1e-4)  # an infinite logit could not be trained
+        target, least = config.target_head_budget, least_budget(config)
+        share = ((0.5 if target is None else target) - least) / (1.0 - least)
+        share = min(max(share, 1e-4), 1.0 - 1e-4)  # an infinite logit could not be trained
         self.initial = math.log(share / (1.0 - share))
         self.bias = nn.Parameter(torch.empty(1))
 
@@ -107,8 +127,8 @@ class ExplorationSchedule(nn.Module):
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Temperature (geometric from initial to final) and Gumbel scale (linear to zero), both scalars."""
         progress = self.progress()
-        start, end = self.config.initial_temperature, self.config.final_temperature
-        return start * (end / start) ** progress, self.config.score_noise * (1.0 - progress)
+        start, end = _TEMPERATURES
+        return start * (end / start) ** progress, _SCORE_NOISE * (1.0 - progress)
 
 
 def pool_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
@@ -146,27 +166,29 @@ def rank_heads(scores: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def count_open(budget: torch.Tensor, heads: int) -> torch.Tensor:
-    """Open heads at inference: `budget * heads` rounded half up, within [1, heads].
+def count_open(budget: torch.Tensor, carry: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Open heads of a layer, whole, such that the layers together spend what their budgets say.
+
+    What rounding down leaves over is carried to the next layer (error diffusion), so that the heads of all layers
+    differ from the sum of their budgets by less than one. With a first carry drawn uniformly from [0, 1) every layer
+    opens `budget * heads` in the mean (systematic sampling): so in training; at inference it is one half.
 
     Args:
         budget: (B,), shares in [0, 1].
+        carry: (B,), in [0, 1].
         heads: Number of heads H.
 
     Returns:
-        (B,) int64.
+        (B,) int64 within [1, H], and the carry for the next layer, (B,).
     """
-    return (budget * heads + (0.5 + _ROUNDING_SLACK)).long().clamp(1, heads)
+    amount = budget * heads + carry
+    count = (amount + _ROUNDING_SLACK).long().clamp(1, heads)
+    return count, (amount - count).clamp(0.0, 1.0)
 
 
 def count_open_ceil(budget: torch.Tensor, heads: int) -> torch.Tensor:
-    """As `count_open` but rounded up, as the paper does; spends half a head a layer more than asked for."""
+    """Open heads as the paper counts them, rounded up: half a head a layer more than asked for. (B,) -> (B,) int64."""
     return torch.ceil(budget * heads - _ROUNDING_SLACK).long().clamp(1, heads)
-
-
-def count_open_stochastic(budget: torch.Tensor, heads: int) -> torch.Tensor:
-    """As `count_open` for training: the marginal head opens with probability frac(budget * heads)."""
-    return torch.floor(budget * heads + torch.rand_like(budget)).long().clamp(1, heads)
 
 
 def score_threshold(scores: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -211,21 +233,46 @@ def gate_surrogate(
 
 
 class BudgetController(nn.Module):
-    """f_o of the paper: a two-layer network from the pooled input to a budget.
+    """f_o of the paper: a two-layer network from the pooled input to a budget; and what a low budget would cost it.
 
-    Its last layer starts at zero and has no bias, so every layer and input begins at the budget asked for, which
-    comes in as a logit, and learns to deviate from it.
+    The cost is what the network is told: it regresses the measured one (`losses.need_loss`), and inputs that need more
+    are given more, `config.need_scale` logits for each standard deviation. Beyond that it learns to deviate from the
+    budget asked for by the gradient of the gates; that output starts at zero and has no bias, so that every layer
+    begins at the budget asked for.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        self.least = least_budget(config)
+        self.need_scale = float(config.need_scale)
         self.hidden = GateLinear(config.hidden_size, config.router_hidden_size, config)
         self.output = GateLinear(config.router_hidden_size, 1, config, bias=False, zero_init=True)
+        self.need = GateLinear(config.router_hidden_size, 1, config)
 
-    def forward(self, pooled: torch.Tensor, budget_logit: torch.Tensor) -> torch.Tensor:
-        """(B, D) and (B,) -> budget (B,) in [0, 1]; exactly 1 where the logit is infinite."""
-        deviation = self.output(F.gelu(self.hidden(pooled)))[:, 0]
-        return torch.sigmoid(deviation + budget_logit)
+    def forward(self, pooled: torch.Tensor, budget_logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, D) and (B,), see `budget_to_logit` -> budget (B,), exactly 1 where the logit is infinite; need (B,)."""
+        features = F.gelu(self.hidden(pooled))
+        need = self.need(features)[:, 0]
+        deviation = self.output(features)[:, 0] + self.need_scale * need.detach().clamp(-_NEED_LIMIT, _NEED_LIMIT)
+        return self.least + (1.0 - self.least) * torch.sigmoid(deviation + budget_logit), need
+
+
+class Routing(NamedTuple):
+    """What a router says of a batch.
+
+    Args:
+        gates: (B, H): 0 or 1, with soft gates in training within [0, 1].
+        budget: (B,), shares.
+        scores: (B, H), free of noise.
+        need: (B,), the predicted cost of a low budget, in standard deviations.
+        carry: (B,), for the next layer, see `count_open`.
+    """
+
+    gates: torch.Tensor
+    budget: torch.Tensor
+    scores: torch.Tensor
+    need: torch.Tensor
+    carry: torch.Tensor
 
 
 class HeadRouter(nn.Module):
@@ -241,36 +288,39 @@ class HeadRouter(nn.Module):
         self,
         pooled: torch.Tensor,
         budget_logit: torch.Tensor,
+        carry: torch.Tensor,
         temperature: torch.Tensor | float = 1.0,
         noise: torch.Tensor | float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Routing:
         """Routes a batch. Training mode explores and passes gradients; inference is deterministic and passes none.
 
         Args:
             pooled: (B, D), see `pool_tokens`.
-            budget_logit: (B,), logit of the budget asked for; infinity opens all heads.
+            budget_logit: (B,), the budget asked for, see `budget_to_logit`; infinity opens all heads.
+            carry: (B,), of the layer before, see `count_open`.
             temperature: Scalar > 0 of the scores; training only.
             noise: Scalar >= 0, scale of the Gumbel noise on the scores; training only.
-
-        Returns:
-            gates (B, H): 0 or 1, with soft gates in training within [0, 1]; budget (B,); scores (B, H) free of noise.
         """
         with torch.autocast(pooled.device.type, enabled=False):
-            budget = self.controller(pooled, budget_logit)
+            budget, need = self.controller(pooled, budget_logit)
             scores = self.scorer(pooled)
+            heads = scores.shape[-1]
+            if self.soft:
+                count = count_open_ceil(budget.detach(), heads)
+            else:
+                count, carry = count_open(budget.detach(), carry, heads)
             if not self.training:
-                return self._choose(budget.detach(), scores.detach()), budget, scores
+                return Routing(self._choose(count, scores.detach()), budget, scores, need, carry)
             uniform = torch.rand_like(scores).clamp(min=1e-6, max=1.0 - 1e-6)
             noisy = scores - noise * torch.log(-torch.log(uniform))
             if self.soft:
-                weights = budget[:, None] * scores.shape[-1] * (noisy / temperature).softmax(-1)
-                return weights.clamp(max=1.0), budget, scores
-            count = count_open_stochastic(budget.detach(), scores.shape[-1])
+                weights = budget[:, None] * heads * (noisy / temperature).softmax(-1)
+                return Routing(weights.clamp(max=1.0), budget, scores, need, carry)
             ranks = rank_heads(noisy.detach())
             smooth = gate_surrogate(budget, noisy, ranks, score_threshold(noisy, count), temperature)
             hard = (ranks < count[:, None]).to(smooth.dtype)
-            return hard + (smooth - smooth.detach()), budget, scores
+            return Routing(hard + (smooth - smooth.detach()), budget, scores, need, carry)
 
-    def _choose(self, budget: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        rounded = count_open_ceil if self.soft else count_open
-        return (rank_heads(scores) < rounded(budget, scores.shape[-1])[:, None]).to(scores.dtype)
+    def _choose(self, count: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Gates that open the `count` (B,) best of the heads (B, H)."""
+        return (rank_heads(scores) < count[:, None]).to(scores.dtype)

@@ -1,17 +1,31 @@
 """Company for the plain Trainer: optional, training is right without it."""
 
-from typing import Any
+import hashlib
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # type: ignore[import-untyped]
 
 
 def _find_encoder(model: nn.Module) -> Any:
     # By attribute, for a model loaded from the Hub with its own code is of another class than the installed one.
     for module in model.modules():
-        if hasattr(module, "exploration") and hasattr(module, "training_log"):
+        if getattr(module, "exploration", None) is not None and hasattr(module, "training_log"):
             return module
-    raise TypeError(f"BudgetCallback needs a BudgetFormer model, got {type(model).__name__}.")
+    raise TypeError(f"BudgetCallback needs a BudgetFormer model with routers, got {type(model).__name__}.")
 
 
 class BudgetCallback(TrainerCallback):
@@ -22,7 +36,8 @@ class BudgetCallback(TrainerCallback):
     is set to that last step.
 
     Logged at every logging step of the Trainer, from the latest forward pass: `task_loss` (where the model sees the
-    labels), `budget` (mean share of heads), `budget_loss`, `entropy`, `temperature`, `progress`.
+    labels), `distillation_loss` (with `teacher_logits`), `need_loss`, `budget` (mean share of heads), `budget_loss`,
+    `entropy`, `temperature`, `progress`.
 
     ```python
     trainer = Trainer(model, args, train_dataset=train, callbacks=[BudgetCallback()])
@@ -71,4 +86,80 @@ class BudgetCallback(TrainerCallback):
         state.log_history[-1].update(parts)  # the Trainer copied the logs into its history before this call
 
 
-__all__ = ["BudgetCallback"]
+def add_teacher_logits(
+    dataset: "Dataset",
+    teacher: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> "Dataset":
+    """Adds what a fine-tuned model says of each row, for distillation: the column `teacher_logits`.
+
+    `forward` takes the column like any other, so a plain Trainer needs nothing more. The result is cached by
+    `datasets`, by the teacher's weights.
+
+    ```python
+    train = add_teacher_logits(train, "my-fine-tuned-bert", tokenizer)
+    Trainer(model, args, train_dataset=train, processing_class=tokenizer).train()
+    ```
+
+    Args:
+        dataset: Tokenized rows (`input_ids` and what else the tokenizer makes), or texts: columns `text` and, for
+            pairs, `text_pair`.
+        teacher: A sequence classifier, or its folder or Hub id; with as many labels as the model to be trained. Usually
+            the fine-tuned backbone that training starts from.
+        tokenizer: Of the teacher.
+        batch_size: Rows the teacher reads at a time.
+        max_length: Tokens kept of a text, as in training; only for rows that are not tokenized yet. None: all the
+            tokenizer allows.
+
+    Returns:
+        The data set with one column more: lists of num_labels floats.
+
+    Raises:
+        ValueError: The rows are neither tokenized nor texts, or have such a column already.
+    """
+    from datasets.fingerprint import Hasher  # type: ignore[import-untyped]  # here, for it takes long to import
+
+    columns = dataset.column_names
+    if "teacher_logits" in columns:
+        raise ValueError(f"dataset must not have a column 'teacher_logits' yet, got the columns {columns}.")
+    if not {"input_ids", "text"} & set(columns):
+        raise ValueError(f"dataset must have a column 'input_ids' or 'text', got the columns {columns}.")
+    if not isinstance(teacher, nn.Module):
+        teacher = AutoModelForSequenceClassification.from_pretrained(teacher)
+    model: Any = teacher
+    inputs = [name for name in tokenizer.model_input_names if name in columns]
+
+    def ask(rows: dict[str, list[Any]]) -> dict[str, list[list[float]]]:
+        if "input_ids" in columns:
+            encoded: Any = {name: rows[name] for name in inputs}
+        else:
+            encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
+        ids = encoded["input_ids"]
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # little padding
+        logits: list[list[float]] = [[] for _ in ids]
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {name: [x[row] for row in chosen] for name, x in encoded.items()}
+            padded = tokenizer.pad(batch, return_tensors="pt").to(model.device)
+            answers = model(**padded).logits.float().tolist()
+            for row, answer in zip(chosen, answers, strict=True):
+                logits[row] = answer
+        return {"teacher_logits": logits}
+
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    asked = [dataset._fingerprint, weights.hexdigest(), Hasher.hash(tokenizer), max_length]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return dataset.map(ask, batched=True, new_fingerprint=Hasher.hash(asked), desc="Asking the teacher")
+    finally:
+        model.train(was_training)
+
+
+__all__ = ["BudgetCallback", "add_teacher_logits"]
