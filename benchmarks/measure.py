@@ -118,7 +118,7 @@ def environment() -> dict[str, Any]:
         if (info.exists())
         else []
     )
-    sources = ("src", "benchmarks", ":(exclude)benchmarks/results", ":(exclude)benchmarks/README.md")
+    sources = ("src", "benchmarks", ":(exclude,glob)benchmarks/**/results/**", ":(exclude)benchmarks/README.md")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),

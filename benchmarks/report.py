@@ -10,6 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from accuracy.report import section as accuracy_section
+from paper.report import tables as paper_tables
 
 
 HERE = Path(__file__).resolve().parent
@@ -197,6 +199,11 @@ def main(arguments: list[str] | None = None) -> None:
         if plot(result, options.output / f"{name}.png"):
             text += f"\n![{title}]({name}.png)\n"
         text += SECTIONS[result["settings"]["level"]](result)
+    accuracy, paper = (options.results.parent / name / "results" for name in ("accuracy", "paper"))
+    if accuracy.exists():
+        text += "\n## Accuracy\n\n" + accuracy_section(accuracy, options.output)
+    if paper.exists():
+        text += "\n## The paper's experiment\n\n" + paper_tables(paper)
     (options.output / "README.md").write_text(text)
     print(options.output / "README.md")
 

@@ -94,14 +94,14 @@ def tokenized(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: in
 
 
 def metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, and the mean share of heads where the model reports one."""
+    """Accuracy; where the model reports the share of heads, its mean and its standard deviation over inputs."""
     logits, *shares = prediction.predictions if isinstance(prediction.predictions, tuple) else [prediction.predictions]
     found = {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
-    return {**found, "heads": float(shares[0].mean())} if shares else found
+    return {**found, "heads": float(shares[0].mean()), "spread": float(shares[0].std())} if shares else found
 
 
-def score(trainer: Trainer, test: Dataset, head_budget: float | None = None) -> tuple[float, float, float]:
-    """Accuracy, mean share of heads really used, and seconds for all of the texts.
+def score(trainer: Trainer, test: Dataset, head_budget: float | None = None) -> tuple[float, float, float, float]:
+    """Accuracy, mean and spread of the share of heads really used, and seconds for all of the texts.
 
     Args:
         trainer: A plain Trainer with `metrics`.
@@ -116,13 +116,14 @@ def score(trainer: Trainer, test: Dataset, head_budget: float | None = None) -> 
         found: Any = trainer.predict(test, ignore_keys=[]).metrics
     finally:
         config.head_budget = before
-    return found["test_accuracy"], found.get("test_heads", 1.0), found["test_runtime"]
+    return found["test_accuracy"], found.get("test_heads", 1.0), found.get("test_spread", 0.0), found["test_runtime"]
 
 
-def print_table(rows: list[tuple[str, float, float, float]]) -> None:
-    """Prints name, accuracy, seconds and share of heads, one row each."""
+def print_table(rows: list[tuple[str, float, float, float, float]]) -> None:
+    """Prints name, accuracy, seconds, and the share of heads with its standard deviation over inputs, one row each."""
     width = max(len(name) for name, *_ in rows)
     print(f"\n{'':<{width}}  accuracy  seconds  heads used")
-    for name, accuracy, heads, seconds in rows:
-        print(f"{name:<{width}}  {accuracy:>8.3f}  {seconds:>7.1f}  {heads:>10.1%}")
+    for name, accuracy, heads, spread, seconds in rows:
+        varies = f" ± {spread:.1%}" if spread else ""
+        print(f"{name:<{width}}  {accuracy:>8.3f}  {seconds:>7.1f}  {heads:>6.1%}{varies}")
     print()

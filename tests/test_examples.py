@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -68,9 +69,8 @@ def rows_of(table):
     """Name of each row of a printed table, with its accuracy and share of heads."""
     found = {}
     for line in table.splitlines():
-        if line.endswith("%"):
-            name, accuracy, _, heads = line.rsplit(maxsplit=3)
-            found[name] = (float(accuracy), float(heads.rstrip("%")) / 100)
+        if match := re.fullmatch(r"(.+?) +(0\.\d+|1\.0+) +[\d.]+ +([\d.]+)%( ± [\d.]+%)?", line):
+            found[match[1]] = (float(match[2]), float(match[3]) / 100)
     return found
 
 
@@ -82,6 +82,8 @@ def test_fine_tunes_compares_saves_classifies_and_scores_again(folder, tokenizer
     table = rows_of(printed)
     assert list(table) == [
         "stock model",
+        "all heads, trained again",
+        "static 1/4, trained again",
         *(f"BudgetFormer, {name}" for name in finetune_text_classification.BUDGETS),
     ]
     assert all(0 <= accuracy <= 1 and 0 < heads <= 1 for accuracy, heads in table.values())

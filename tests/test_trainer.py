@@ -203,7 +203,9 @@ def test_the_callback_logs_the_parts_of_the_loss_for_everyone_who_reads_logs(tok
 
 def test_the_callback_needs_a_budgetformer(tokenizer, tokenized, tmp_path):
     trainer = trainer_for(stock_classifier("bert"), tmp_path, tokenizer, tokenized, callbacks=[BudgetCallback()])
-    with pytest.raises(TypeError, match="BudgetCallback needs a BudgetFormer model with routers, got BertForSequenceClassification"):
+    with pytest.raises(
+        TypeError, match="BudgetCallback needs a BudgetFormer model with routers, got BertForSequenceClassification"
+    ):
         trainer.train()
 
 

@@ -42,12 +42,16 @@ SETTINGS: dict[str, Any] = {
     "dense": {"epochs": 3.0, "learning_rate": 2e-4},
     "budget_stage": {"epochs": 2.0, "learning_rate": 1e-4, "router_learning_rate": 2e-3},
 }
-# What differs from the recipe. "share": of the heads, for models that are cut before they are trained; "config": fields.
+# What differs from the recipe: "share" of the heads of models cut before they are trained, fields of the "config".
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "ours": {},
     "equal budgets": {"config": {"need_scale": 0.0}},
     "need 1": {"config": {"need_scale": 1.0}},
+    "sampling 1": {"config": {"budget_sampling": 1.0}},
+    "distil 1": {"config": {"distillation_weight": 1.0}},
+    "warm 2": {"warm": 2.0},
+    "warm 4": {"warm": 4.0},
     "fixed heads": {"fixed_heads": True},
     "without teacher": {"teacher": None},
     "own teacher": {"teacher": "self"},
@@ -190,12 +194,17 @@ def cut_model(model: Any, spec: dict[str, Any], share: float, rows: Dataset, see
     count = max(layers, round(share * layers * heads))
     if spec["cut"] == "random":
         return prune(model, most_important(torch.rand(layers, heads, generator=torch.manual_seed(seed)), count))
+    importance, per_layer = head_importance(model, importance_batches(rows)), spec["cut"] == "per layer"
+    return prune(model, most_important(importance, count - count % layers * per_layer, per_layer))
+
+
+def importance_batches(rows: Dataset) -> list[dict[str, torch.Tensor]]:
+    """A few labelled batches of the training rows, as head importance is estimated from."""
     chosen = rows.select(range(min(256, len(rows))))
     batches = make_batches(chosen["input_ids"], 32, False)
     for index, batch in enumerate(batches):
         batch["labels"] = torch.tensor(chosen["labels"][index * 32 : (index + 1) * 32])
-    per_layer = spec["cut"] == "per layer"
-    return prune(model, most_important(head_importance(model, batches), count - count % layers * per_layer, per_layer))
+    return batches
 
 
 def run_method(
@@ -221,6 +230,11 @@ def run_method(
     set_seed(seed)
     model = BudgetFormerForSequenceClassification(type(start.config)(**{**fields, **spec.get("config", {})}))
     model.load_state_dict(start.state_dict(), strict=False)
+    if spec.get("warm"):
+        importance = head_importance(start, importance_batches(rows)).clamp(min=1e-6).log()
+        scores = spec["warm"] * (importance - importance.mean(-1, keepdim=True)) / importance.std(-1, keepdim=True)
+        for layer, row in zip(model.base_model.encoder.layer, scores, strict=True):
+            layer.router.scorer.bias.data.copy_(row / multiplier)
     if spec.get("fixed_heads"):
         for layer in model.base_model.encoder.layer:
             torch.nn.init.zeros_(layer.router.scorer.weight)
@@ -247,26 +261,25 @@ def run_chain(
     def write(name: str, seconds: float, figures: dict[str, Any]) -> None:
         path = output / f"{source['name']}-{seed}-{name.replace(' ', '_')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {
+        about: dict[str, Any] = {
             "data": source["name"],
             "seed": seed,
             "method": name,
             "source": source,
             "files": [from_train, from_test],
         }
-        shared = {key: settings[key] for key in ("batch_size", "dense", "budget_stage")}
-        path.write_text(json.dumps({**about, "settings": shared, "environment": machine, "train_seconds": round(seconds),
-                                    "rows": [len(rows), len(test)], **figures}) + "\n")  # fmt: skip
+        about |= {"settings": {key: settings[key] for key in ("batch_size", "dense", "budget_stage")}}
+        about |= {"environment": machine, "train_seconds": round(seconds), "rows": [len(rows), len(test)]}
+        path.write_text(json.dumps({**about, **figures}) + "\n")
         print(f"{path}: {seconds:.0f} s", flush=True)
 
     set_seed(seed)
     pretrained = BudgetFormerForSequenceClassification.from_pretrained(minilm(), **label_names)
     place = models / f"{source['name']}-{seed}-dense"
     if not (place / "config.json").exists():
-        dense, seconds = train(
-            prune(pretrained, [list(range(12))] * pretrained.config.num_hidden_layers),
-            rows, settings["dense"], settings["batch_size"], seed,
-        )  # fmt: skip
+        every = list(range(pretrained.config.num_attention_heads))
+        start = prune(pretrained, [every] * pretrained.config.num_hidden_layers)
+        dense, seconds = train(start, rows, settings["dense"], settings["batch_size"], seed)
         dense.save_pretrained(place)
         logits, _ = answers(dense, test)
         figures, _, _ = judge(dense, test, None, logits, static=True)

@@ -130,10 +130,10 @@ class BudgetFormerConfig(PreTrainedConfig):
 
     head_budget: float | int | None = _share(None)
     target_head_budget: float | int | None = _share(0.5)
-    budget_sampling: float | int = _fraction(0.5)
+    budget_sampling: float | int = _fraction(0.75)
     budget_loss_weight: float | int = _not_negative(5.0)
     need_scale: float | int = _not_negative(2.0)
-    distillation_weight: float | int = _fraction(0.5)
+    distillation_weight: float | int = _fraction(1.0)
     gate_type: str = _checked("'hard' or 'soft'", lambda v: v in ("hard", "soft"), "hard")
     router_hidden_size: int = _count(64)
     router_lr_multiplier: float | int = _positive(40.0)

@@ -247,7 +247,7 @@ class BudgetController(nn.Module):
         self.need_scale = float(config.need_scale)
         self.hidden = GateLinear(config.hidden_size, config.router_hidden_size, config)
         self.output = GateLinear(config.router_hidden_size, 1, config, bias=False, zero_init=True)
-        self.need = GateLinear(config.router_hidden_size, 1, config)
+        self.need = GateLinear(config.router_hidden_size, 1, config, zero_init=True)
 
     def forward(self, pooled: torch.Tensor, budget_logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, D) and (B,), see `budget_to_logit` -> budget (B,), exactly 1 where the logit is infinite; need (B,)."""

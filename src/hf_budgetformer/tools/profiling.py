@@ -122,7 +122,7 @@ def profile(
     size, kept = width // heads, int(lengths.sum())
     opened = counts.sum(-1)
     asked = config.head_budget if head_budget is None else head_budget
-    routed = asked is None or not bool((torch.as_tensor(asked) == 1.0).all())
+    routed = not config.static_heads and (asked is None or not bool((torch.as_tensor(asked) == 1.0).all()))
     feed_forward = 4 * layers * width * config.intermediate_size
     controller = config.router_hidden_size * (width + 1)
     # Beyond the layers every matrix is applied once to each input: to its pooled or its first token.

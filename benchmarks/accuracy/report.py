@@ -1,0 +1,219 @@
+"""Tables and plots of the accuracy experiments, made from their results and from nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+RESAMPLES = 2000
+SHARES = (0.5, 0.25, 0.125)
+Run = dict[str, Any]
+# Safe for the colour-blind (Okabe and Ito), with a marker each.
+LOOKS = {
+    "ours": ("#0072B2", "o", "ours, one checkpoint"),
+    "equal budgets": ("#E69F00", "s", "equal budgets, one checkpoint"),
+    "static": ("#D55E00", "^", "static, retrained for each"),
+    "dense": ("#000000", "*", "dense"),
+}
+
+
+def read_runs(folder: Path) -> dict[tuple[str, int, str], Run]:
+    """Every run of an experiment, by data set, seed and method."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return {(run["data"], run["seed"], run["method"]): run for run in found}
+
+
+def evaluation(run: Run, asked: float | None) -> Run:
+    """The figures of a run at the budget asked for."""
+    for figures in run["evaluations"]:
+        if figures["asked"] == asked or (asked and figures["asked"] and abs(figures["asked"] - asked) < 1e-6):
+            return dict(figures)
+    raise KeyError(asked)
+
+
+def bits(text: str) -> np.ndarray:
+    """Of a row of zeros and ones."""
+    return np.frombuffer(text.encode(), dtype=np.uint8) - ord("0")
+
+
+def difference(pairs: list[tuple[str, str]]) -> tuple[float, float, float]:
+    """Mean difference in points, and its 95% interval by paired bootstrap over the rows of each run.
+
+    Args:
+        pairs: For each run, of ours and of the other, right or wrong for each test row.
+    """
+    generator = np.random.default_rng(0)
+    means, resampled = [], np.zeros(RESAMPLES)
+    for ours, other in pairs:
+        delta = bits(ours).astype(float) - bits(other)
+        means.append(delta.mean())
+        resampled += delta[generator.integers(0, len(delta), (RESAMPLES, len(delta)))].mean(1)
+    low, high = np.quantile(resampled / len(pairs), [0.025, 0.975])
+    return 100 * float(np.mean(means)), 100 * float(low), 100 * float(high)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds; a dash where there are none."""
+    if not values:
+        return "-"
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def accuracy_table(runs: dict[tuple[str, int, str], Run]) -> str:
+    """Accuracy by method and budget, a column for each data set; heads and FLOPs over all."""
+    names = sorted({data for data, _, _ in runs})
+    rows = []
+    for method in sorted({method for _, _, method in runs}, key=lambda x: (x != "dense", x != "ours", x)):
+        mine = [run for run in runs.values() if run["method"] == method]
+        budgets = [x["asked"] for x in mine[0]["evaluations"]]
+        for budget in budgets:
+            found = {
+                name: [evaluation(run, budget) for run in mine if run["data"] == name and has(run, budget)]
+                for name in names
+            }
+            every = [x for figures in found.values() for x in figures]
+            asked = "" if len(budgets) == 1 else ", own" if budget is None else f", {budget:.3g}"
+            cells = [mean_and_spread([x["accuracy"] for x in found[name]]) for name in names]
+            heads, flops = (float(np.mean([x[key] for x in every])) for key in ("heads", "flops_ratio"))
+            rows.append([method + asked, *cells, f"{heads:.1%}", f"{flops:.2f}"])
+    return table(["method, budget asked for", *names, "heads used", "FLOPs of all heads"], rows)
+
+
+def has(run: Run, budget: float | None) -> bool:
+    """Whether a run was evaluated at a budget."""
+    return any(x["asked"] == budget for x in run["evaluations"])
+
+
+def comparisons(runs: dict[tuple[str, int, str], Run]) -> str:
+    """Ours against the others, run by run, with intervals."""
+    cells = sorted({(data, seed) for data, seed, _ in runs})
+
+    def against(share: float, other: str, other_budget: float | None, what: str = "correct") -> str:
+        pairs = [
+            (evaluation(runs[(*cell, "ours")], share)[what], evaluation(runs[(*cell, other)], other_budget)[what])
+            for cell in cells
+            if (*cell, "ours") in runs and (*cell, other) in runs
+        ]
+        if not pairs:
+            return "-"
+        mean, low, high = difference(pairs)
+        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+    rows = []
+    for share in (1.0, *SHARES):
+        rows.append(
+            [
+                f"{share:.3g}",
+                against(share, "dense", None),
+                against(share, f"static {share}", None),
+                against(share, "equal budgets", share),
+                against(share, "equal budgets", share, "agrees"),
+                against(share, "fixed heads", share),
+                against(share, "without teacher", share),
+                against(share, "one stage", share),
+            ]
+        )
+    head = ["budget", "dense", "static pruning, retrained", "equal budgets", "equal budgets, agreement with dense",
+            "the same heads for all inputs", "without teacher", "in one stage"]  # fmt: skip
+    used = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
+    return table([head[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def other_figures(runs: dict[tuple[str, int, str], Run]) -> str:
+    """What was asked for and spent, the largest fall between neighbours, and whether budgets follow the input."""
+    by_method = {name: [run for run in runs.values() if run["method"] == name] for name in ("ours", "equal budgets")}
+    ours = by_method["ours"]
+    asked = [x["asked"] for x in ours[0]["evaluations"] if x["asked"] is not None]
+    errors = [np.mean([evaluation(run, budget)["heads"] / budget - 1 for run in ours]) for budget in asked]
+    spent = ", ".join(f"{error:+.1%} at {budget:.3g}" for error, budget in zip(errors, asked, strict=True))
+    accuracy = np.mean([[evaluation(run, budget)["accuracy"] for budget in asked] for run in ours], 0)
+    falls = 100 * (accuracy[:-1] - accuracy[1:])
+    worst = int(falls.argmax())
+    own = [evaluation(run, None) for run in ours]
+    rows = [
+        ["heads spent, relative to those asked for", spent],
+        [
+            "largest fall in accuracy from one budget to the next, mean over runs",
+            f"{falls[worst]:.1f} points, {asked[worst]:.3g} to {asked[worst + 1]:.3g}",
+        ],
+        [
+            "own budget: mean, standard deviation over inputs",
+            f"{np.mean([x['heads'] for x in own]):.3f}, {np.mean([x['heads_std'] for x in own]):.3f}",
+        ],
+    ]
+    for name, text in (("entropy", "the dense model's entropy"), ("cost", "its cost at the lowest budget")):
+        cells = [
+            f"{method} {np.mean([run['spearman'][name] for run in found]):.2f}"
+            for method, found in by_method.items()
+            if found
+        ]
+        rows.append([f"Spearman of an input's heads at 0.25 with {text}, mean over runs", ", ".join(cells)])
+    return table(["figure", "value"], rows)
+
+
+def curve(runs: list[Run]) -> list[tuple[float, float, float]]:
+    """Share of heads, accuracy and its spread over seeds, for each method and budget of some runs, by heads."""
+    points: dict[Any, list[tuple[float, float]]] = {}
+    for run in runs:
+        for x in run["evaluations"]:
+            if len(run["evaluations"]) == 1 or x["asked"] is not None:
+                points.setdefault((run["method"], x["asked"]), []).append((x["heads"], x["accuracy"]))
+    return sorted((*np.mean(x, 0).tolist(), float(np.std(x, 0)[1])) for x in points.values())
+
+
+def plot(runs: dict[tuple[str, int, str], Run], path: Path, title: str) -> None:
+    """Accuracy against the mean share of heads, mean over seeds, a panel for each data set."""
+    names = sorted({data for data, _, _ in runs})
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        mine = [run for run in runs.values() if run["data"] == name]
+        for kind, (color, marker, label) in LOOKS.items():
+            points = curve([run for run in mine if run["method"].split(" 0.")[0] == kind])
+            if points:
+                line = "none" if kind == "dense" else "-"
+                x, y, spread = zip(*points, strict=True)
+                axis.errorbar(x, y, spread, color=color, marker=marker, linestyle=line, capsize=2, label=label)
+        seeds, rows = len({run["seed"] for run in mine}), mine[0]["rows"]
+        axis.set_title(f"{name}\n{rows[0]} training and {rows[1]} test rows, {seeds} seeds", fontsize=8)
+        axis.set_xlabel("mean share of heads used")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("accuracy")
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def section(folder: Path, output: Path) -> str:
+    """Markdown of all experiments under `folder`; writes their plots into `output`."""
+    parts = []
+    for experiment in sorted(path for path in folder.glob("*") if path.is_dir()):
+        runs = read_runs(experiment)
+        if not runs:
+            continue
+        about = json.loads((folder.parent / "experiments" / f"{experiment.name}.json").read_text())
+        picture = output / f"accuracy_{experiment.name}.png"
+        plot(runs, picture, about["title"])
+        first = next(iter(runs.values()))
+        commits = sorted({(run["environment"]["commit"] or "unknown")[:12] for run in runs.values()})
+        compared = any(method == "ours" for _, _, method in runs)
+        parts += [
+            f"### {about['title']}",
+            f"![accuracy against heads]({picture.name})",
+            accuracy_table(runs),
+            "Ours against others, points of accuracy unless said, 95% interval by paired bootstrap:\n\n"
+            f"{comparisons(runs)}\n{other_figures(runs)}" if compared else "",
+            f"Dense: {first['settings']['dense']}; from there every method: {first['settings']['budget_stage']}; "
+            f"batches of {first['settings']['batch_size']}. ± is the standard deviation over seeds. Commits: "
+            f"{', '.join(commits)}.",
+        ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"

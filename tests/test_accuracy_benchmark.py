@@ -1,0 +1,104 @@
+"""The accuracy experiments on work so small that its figures mean nothing."""
+
+# ruff: noqa: E402 - benchmarks are scripts beside one another, found by their folder
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from conftest import stock_folder
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from accuracy import report, run
+
+
+TINY = {
+    "title": "Tiny table",
+    "data": [{"name": "tiny", "max_length": 12, "train": 24, "test": 10}],
+    "seeds": [0],
+    "methods": [
+        "ours", "equal budgets", "fixed heads", "own teacher", "without teacher", "one stage", "static 0.25",
+        "iterative 0.5", "per layer 0.5", "random 0.5", "layers 0.5",
+    ],
+    "budgets": [1.0, 0.5, 0.25, 0.125],
+    "dense": {"epochs": 1.0},
+    "budget_stage": {"epochs": 1.0},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data, a tiny model in MiniLM's place, and the results of all methods."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    (folder / "data" / "tiny").mkdir(parents=True)
+    for split, count in (("train", 30), ("test", 12)):
+        columns = {
+            "text": [f"{'goal match' if row % 2 else 'market share'} {'again ' * (row % 5)}" for row in range(count)],
+            "label": [row % 2 for row in range(count)],
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "data" / "tiny" / f"{split}.parquet")
+    stock_folder("bert", folder / "stock", vocab_size=30522, num_attention_heads=8, hidden_size=32, num_labels=2)
+    (folder / "experiments").mkdir()
+    (folder / "experiments" / "tiny.json").write_text(json.dumps(TINY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "minilm", lambda: str(folder / "stock"))
+        run_chains(folder)
+    return folder
+
+
+def run_chains(folder):
+    settings = run.read_settings(folder / "experiments" / "tiny.json")
+    run.run_chain(settings["data"][0], 0, settings, folder / "data", folder / "results" / "tiny", folder / "models")
+
+
+def test_every_method_leaves_its_figures(folder):
+    runs = report.read_runs(folder / "results" / "tiny")
+    assert {method for _, _, method in runs} == {"dense", *TINY["methods"]}
+    ours = runs["tiny", 0, "ours"]
+    assert [x["asked"] for x in ours["evaluations"]] == [1.0, 0.5, 0.25, 0.125, None]
+    assert report.evaluation(ours, 1.0)["heads"] == 1.0
+    assert report.evaluation(ours, 0.25)["heads"] < report.evaluation(ours, 0.5)["heads"] < 1.0
+    assert all(len(x["correct"]) == len(x["agrees"]) == 10 for run_ in runs.values() for x in run_["evaluations"])
+    assert report.evaluation(runs["tiny", 0, "static 0.25"], None)["heads"] == 0.25
+    assert report.evaluation(runs["tiny", 0, "dense"], None)["agreement"] == 1.0
+
+
+def test_what_is_there_is_not_made_again(folder):
+    places = sorted((folder / "results" / "tiny").glob("*.json"))
+    before = [path.stat().st_mtime_ns for path in places]
+    run_chains(folder)
+    assert [path.stat().st_mtime_ns for path in places] == before
+
+
+def test_tables_and_a_plot_are_made_of_the_results(folder, tmp_path):
+    text = report.section(folder / "results", tmp_path)
+    assert "### Tiny table" in text
+    assert "| ours, 0.25 |" in text
+    assert "| static 0.25 |" in text
+    assert (tmp_path / "accuracy_tiny.png").stat().st_size > 1000
+
+
+def test_the_interval_of_a_difference_is_that_of_paired_rows():
+    mean, low, high = report.difference([("1111011110", "1111011110"), ("1" * 10, "0" * 10)])
+    assert (mean, low, high) == (50.0, 50.0, 50.0)
+    mean, low, high = report.difference([("10" * 200, "01" * 200)])
+    assert mean == 0.0
+    assert low == pytest.approx(-9.8, abs=1.0)  # 1.96 / sqrt(400)
+    assert high == pytest.approx(9.8, abs=1.0)
+
+
+def test_settings_that_do_not_exist_are_named(tmp_path):
+    for wrong, named in (
+        ({"seed": 1}, r"unknown settings \['seed'\]"),
+        ({"methods": ["x"]}, r"unknown methods \['x'\]"),
+    ):
+        (tmp_path / "x.json").write_text(json.dumps(wrong))
+        with pytest.raises(SystemExit, match=named):
+            run.read_settings(tmp_path / "x.json")
