@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accuracy.exists():
         text += "\n## Accuracy\n\n" + accuracy_section(accuracy, options.output)
     if paper.exists():
-        text += "\n## The paper's experiment\n\n" + paper_tables(paper)
+        text += paper_tables(paper)
     (options.output / "README.md").write_text(text)
     print(options.output / "README.md")
 

@@ -71,12 +71,12 @@ class BudgetFormerConfig(PreTrainedConfig):
             only, as the paper does. Default 0.5.
         budget_sampling: Fraction in [0, 1] of the training batches that run at a requested budget, drawn
             log-uniformly from [1/heads, 1], rather than at the model's own. Without it a checkpoint collapses at
-            budgets it was not trained at. Default 0.5.
+            budgets it was not trained at. Default 0.75.
         budget_loss_weight: Weight >= 0 of the budget terms of the loss. Default 5.
         need_scale: How far budgets follow the input, >= 0: logits that an input gets for each standard deviation its
             predicted cost of a low budget lies above the mean. 0 gives all inputs about the same. Default 2.
         distillation_weight: Share in [0, 1] of the training loss that is the divergence from `teacher_logits`, where
-            these are given; the rest is the task's. Default 0.5.
+            these are given; the rest is the task's. Default 1.
         gate_type: "hard" (gates are 0 or 1 in training and inference, gradients pass straight through) or "soft"
             (as in the paper: all heads weighted in training, the ceil(budget * heads) best run at inference).
             Default "hard".
