@@ -83,8 +83,8 @@ def test_teacher_logits_of_another_size_are_refused(wrong, backbone_type):
     assert model.base_model.training_log.keys() <= {"budget", "budget_loss", "entropy", "temperature", "progress"}
 
 
-def test_the_loss_is_half_the_tasks_half_the_teachers(backbone_type):
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+def test_the_loss_is_shared_between_task_and_teacher(backbone_type):
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "distillation_weight": 0.5}
     model, batch = budgetformer(backbone_type, **still).train(), batch_of([5, 4, 3], backbone_type)
     labels, teacher = torch.tensor([0, 1, 2]), torch.randn(3, 3)
     outputs = model(**batch, labels=labels, teacher_logits=teacher)

@@ -275,8 +275,8 @@ def test_exploration_anneals_from_start_to_end_and_stays_there():
     for steps in (0, 5, 10, 15):
         schedule.steps.fill_(steps)
         seen.append([value.item() for value in schedule()])
-    assert seen[0] == pytest.approx([2.3, 1.5])
-    assert seen[1] == pytest.approx([math.sqrt(2.3 * 0.3), 0.75])
+    assert seen[0] == pytest.approx([2.3, 0.5])
+    assert seen[1] == pytest.approx([math.sqrt(2.3 * 0.3), 0.25])
     assert seen[2] == seen[3] == pytest.approx([0.3, 0.0])
 
 

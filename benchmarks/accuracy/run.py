@@ -34,7 +34,7 @@ from hf_budgetformer.tools.profiling import profile  # noqa: E402
 
 SETTINGS: dict[str, Any] = {
     "title": "",
-    "data": [],  # {"name", "max_length", "train", "test"}: rows of each split
+    "data": [],  # {"name", "max_length", "train", "test"}: rows of each split; "methods" where they differ
     "seeds": [0, 1, 2],
     "methods": [],  # names of METHODS; "dense" always comes first
     "budgets": [1.0, 0.75, 0.5, 1 / 3, 0.25, 1 / 6, 0.125],
@@ -48,10 +48,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours": {},
     "equal budgets": {"config": {"need_scale": 0.0}},
     "need 1": {"config": {"need_scale": 1.0}},
-    "sampling 1": {"config": {"budget_sampling": 1.0}},
-    "distil 1": {"config": {"distillation_weight": 1.0}},
-    "warm 2": {"warm": 2.0},
-    "warm 4": {"warm": 4.0},
+    "half the task's loss": {"config": {"distillation_weight": 0.5}},
+    "heads ranked beforehand": {"ranked": 4.0},
     "fixed heads": {"fixed_heads": True},
     "without teacher": {"teacher": None},
     "own teacher": {"teacher": "self"},
@@ -230,9 +228,9 @@ def run_method(
     set_seed(seed)
     model = BudgetFormerForSequenceClassification(type(start.config)(**{**fields, **spec.get("config", {})}))
     model.load_state_dict(start.state_dict(), strict=False)
-    if spec.get("warm"):
+    if spec.get("ranked"):  # scores begin with the order of importance, as many standard deviations apart
         importance = head_importance(start, importance_batches(rows)).clamp(min=1e-6).log()
-        scores = spec["warm"] * (importance - importance.mean(-1, keepdim=True)) / importance.std(-1, keepdim=True)
+        scores = spec["ranked"] * (importance - importance.mean(-1, keepdim=True)) / importance.std(-1, keepdim=True)
         for layer, row in zip(model.base_model.encoder.layer, scores, strict=True):
             layer.router.scorer.bias.data.copy_(row / multiplier)
     if spec.get("fixed_heads"):
@@ -287,7 +285,7 @@ def run_chain(
     dense = BudgetFormerForSequenceClassification.from_pretrained(place).eval()
     expected, _ = answers(dense, test)
     rows = add_teacher_logits(rows, dense, load_tokenizer())
-    for name in settings["methods"]:
+    for name in source.get("methods", settings["methods"]):
         if name == "dense" or (output / f"{source['name']}-{seed}-{name.replace(' ', '_')}.json").exists():
             continue
         model, seconds = run_method(name, dense, pretrained, rows, settings, seed)

@@ -70,8 +70,8 @@ class BudgetFormerConfig(PreTrainedConfig):
         target_head_budget: Mean share the model's own budget is trained towards; None keeps it within [0.1, 0.9]
             only, as the paper does. Default 0.5.
         budget_sampling: Fraction in [0, 1] of the training batches that run at a requested budget, drawn
-            log-uniformly from [1/heads, 1], rather than at the model's own. Without it a checkpoint collapses at
-            budgets it was not trained at. Default 0.75.
+            from [1/heads, 1] and low more often than high, rather than at the model's own. Without it a checkpoint
+            collapses at budgets it was not trained at. Default 0.75.
         budget_loss_weight: Weight >= 0 of the budget terms of the loss. Default 5.
         need_scale: How far budgets follow the input, >= 0: logits that an input gets for each standard deviation its
             predicted cost of a low budget lies above the mean. 0 gives all inputs about the same. Default 2.

@@ -470,7 +470,8 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             return own.expand(batch), target, torch.zeros_like(own).bool()
         draw, which = torch.rand(2, 1, device=own.device, dtype=own.dtype)
         sampled = which < self.config.budget_sampling
-        share = self.config.num_attention_heads**-draw  # log-uniform in (1/H, 1]
+        # In (1/H, 1], most of all low: starting from a trained backbone, it is there that there is most to learn.
+        share = self.config.num_attention_heads ** -draw.sqrt()
         logit = torch.where(sampled, budget_to_logit(share, least), own)
         return logit.expand(batch), torch.where(sampled, share, target), sampled
 

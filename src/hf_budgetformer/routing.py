@@ -18,7 +18,7 @@ from .packing import Packing
 # rows of a batch.
 _ROUNDING_SLACK = 1e-4
 # Of the head scores while training: Gumbel noise falls from this scale to none, the temperature from high to low.
-_SCORE_NOISE = 1.5
+_SCORE_NOISE = 0.5
 _TEMPERATURES = (2.3, 0.3)
 # Standard deviations an input's need may differ from the batch's mean and still count.
 _NEED_LIMIT = 2.0
