@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 # The CPU build, by exact pin: a plain requirement would download gigabytes of GPU libraries.
 TORCH ?= torch==2.13.0
 
-# A folder of <name>/test.parquet with ag_news and imdb, for bench-full.
+# A folder of <name>/{train,test}.parquet, for bench-full (ag_news, imdb) and accuracy.
 DATA ?=
 
-.PHONY: test demo bench bench-full quality style clean
+.PHONY: test demo bench bench-full accuracy quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,13 @@ bench: $(VENV)/.installed
 bench-full: $(VENV)/.installed
 	@test -n "$(DATA)" || { echo 'usage: make bench-full DATA=folder [BENCH_ARGS="--checkpoint folder --resume"]'; exit 2; }
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py benchmarks/experiments/*.json --data "$(DATA)" $(BENCH_ARGS)
+	$(BIN)/python benchmarks/report.py
+
+# Hours on two cores; what is there already is not made again.
+accuracy: $(VENV)/.installed
+	@test -n "$(DATA)" || { echo 'usage: make accuracy DATA=folder [JOBS=2]'; exit 2; }
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/accuracy/run.py benchmarks/accuracy/experiments/*.json --data "$(DATA)" --jobs $(or $(JOBS),1)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/paper/run.py benchmarks/paper/ag_news.json --data "$(DATA)" --resume
 	$(BIN)/python benchmarks/report.py
 
 quality: $(VENV)/.installed

@@ -20,7 +20,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_python_blocks_run_in_order(tmp_path, monkeypatch, texts, tokenizer):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    stock_folder("bert", tmp_path / "bert-base-uncased", num_labels=2)
+    for name in ("bert-base-uncased", "me/my-fine-tuned-bert"):
+        (tmp_path / name).mkdir(parents=True)
+        stock_folder("bert", tmp_path / name, num_labels=2)
     tokenizer.save_pretrained(tmp_path / "bert-base-uncased")
     rows = texts.filter(lambda row: row["label"] < 2).rename_column("text", "sentence")
     rows = rows.cast_column("label", ClassLabel(names=["negative", "positive"]))
@@ -37,6 +39,7 @@ def test_the_python_blocks_run_in_order(tmp_path, monkeypatch, texts, tokenizer)
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+    assert "teacher_logits" in namespace["train"].column_names
     assert namespace["out"].head_gates.shape == (2, 3, 4)
     assert set(namespace["classify"]("w1 w2")[0]) == {"label", "score"}
 
