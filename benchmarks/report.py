@@ -200,8 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
             text += f"\n![{title}]({name}.png)\n"
         text += SECTIONS[result["settings"]["level"]](result)
     accuracy, paper = (options.results.parent / name / "results" for name in ("accuracy", "paper"))
+    timed = [x for x in results.values() if x["settings"]["level"] == "model" and x["settings"]["budgets"]]
     if accuracy.exists():
-        text += "\n## Accuracy\n\n" + accuracy_section(accuracy, options.output)
+        text += "\n## Accuracy\n\n" + accuracy_section(accuracy, options.output, timed)
     if paper.exists():
         text += paper_tables(paper)
     (options.output / "README.md").write_text(text)

@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - benchmarks are scripts beside one another, found by their folder
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,12 @@ TINY = {
     "budgets": [1.0, 0.5, 0.25, 0.125],
     "dense": {"epochs": 1.0},
     "budget_stage": {"epochs": 1.0},
+}  # fmt: skip
+
+TIMED = {
+    "settings": {"level": "model", "data": "tiny", "title": "Tiny model", "threads": [2]},
+    "figures": {"2": {"variants": {name: {"ratio": {"median": ratio}} for name, ratio in (
+        ("stock", 1.0), ("ours 12", 1.5), ("static 3", 3.2), ("learned 0.5", 2.0), ("learned 0.25", 3.0))}}},
 }  # fmt: skip
 
 
@@ -78,11 +85,13 @@ def test_what_is_there_is_not_made_again(folder):
 
 
 def test_tables_and_a_plot_are_made_of_the_results(folder, tmp_path):
-    text = report.section(folder / "results", tmp_path)
+    text = report.section(folder / "results", tmp_path, [TIMED])
     assert "### Tiny table" in text
     assert "| ours, 0.25 |" in text
     assert "| static 0.25 |" in text
     assert (tmp_path / "accuracy_tiny.png").stat().st_size > 1000
+    assert (tmp_path / "accuracy_tiny_tiny_time.png").stat().st_size > 1000
+    assert re.search(r"within half a point of dense: (none|2\.00x at 0\.5|3\.00x at 0\.25)\.", text)
 
 
 def test_the_interval_of_a_difference_is_that_of_paired_rows():

@@ -105,7 +105,7 @@ def comparisons(runs: dict[tuple[str, int, str], Run]) -> str:
         if not pairs:
             return "-"
         mean, low, high = difference(pairs)
-        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] ({len(pairs)})"
 
     rows = []
     for share in (1.0, *SHARES):
@@ -189,12 +189,60 @@ def plot(runs: dict[tuple[str, int, str], Run], path: Path, title: str) -> None:
     axes[0][0].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
-def section(folder: Path, output: Path) -> str:
-    """Markdown of all experiments under `folder`; writes their plots into `output`."""
+def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], path: Path) -> str:
+    """Accuracy against measured time: a plot, and the fastest budget that is as good as dense within half a point.
+
+    Args:
+        runs: Of an accuracy experiment.
+        timed: Result of a model benchmark on texts of one of its data sets, with a trained checkpoint's own choices.
+        path: Of the plot.
+    """
+    name, figures = timed["settings"]["data"], timed["figures"][str(max(timed["settings"]["threads"]))]["variants"]
+    accuracy: dict[tuple[str, float | None], list[float]] = {}
+    for (data, _, method), run in runs.items():
+        for x in run["evaluations"] if data == name else []:
+            accuracy.setdefault((method, x["asked"]), []).append(x["accuracy"])
+    heads = 12  # of the model that both measured
+    points: dict[str, list[tuple[float, float, str]]] = {"dense": [(1.0, np.mean(accuracy["dense", None]).item(), "")]}
+    for variant, found in figures.items():
+        kind, _, number = variant.partition(" ")
+        if kind == "learned" and ("ours", float(number)) in accuracy:
+            y = np.mean(accuracy["ours", float(number)]).item()
+            points.setdefault("ours", []).append((found["ratio"]["median"], y, number))
+        elif kind == "static" and (f"static {int(number) / heads:g}", None) in accuracy:
+            y = np.mean(accuracy[f"static {int(number) / heads:g}", None]).item()
+            points.setdefault("static", []).append((found["ratio"]["median"], y, f"{int(number) / heads:g}"))
+    if "ours" not in points:
+        return ""
+    figure, axis = plt.subplots(figsize=(5, 3.6))
+    for kind, found in points.items():
+        color, marker, label = LOOKS[kind]
+        x, y, notes = zip(*sorted(found), strict=True)
+        label = "stock, padded" if kind == "dense" else label
+        axis.plot(x, y, color=color, marker=marker, linestyle="none" if kind == "dense" else "-", label=label)
+        for left, low, note in zip(x, y, notes, strict=True):
+            axis.annotate(note, (left, low), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axis.set(xlabel="times faster than the stock model", ylabel="accuracy", title=timed["settings"]["title"])
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    good = [(x, note) for x, y, note in points["ours"] if y >= points["dense"][0][1] - 0.005]
+    fastest = f"{max(good)[0]:.2f}x at {max(good)[1]}" if good else "none"
+    return (
+        f"![accuracy against time]({path.name})\n\nNumbers at the points are the budgets; times are those of batches as "
+        f"they come (section {timed['settings']['title']}). Fastest of our budgets within half a point of dense: "
+        f"{fastest}."
+    )
+
+
+def section(folder: Path, output: Path, timed: list[dict[str, Any]]) -> str:
+    """Markdown of all experiments under `folder`; writes their plots into `output`; `timed` are model benchmarks."""
     parts = []
     for experiment in sorted(path for path in folder.glob("*") if path.is_dir()):
         runs = read_runs(experiment)
@@ -204,16 +252,23 @@ def section(folder: Path, output: Path) -> str:
         picture = output / f"accuracy_{experiment.name}.png"
         plot(runs, picture, about["title"])
         first = next(iter(runs.values()))
+        names = {data for data, _, _ in runs}
+        against_time = [
+            time_section(runs, x, output / f"accuracy_{experiment.name}_{x['settings']['data']}_time.png")
+            for x in timed
+            if x["settings"]["data"] in names
+        ]
         commits = sorted({(run["environment"]["commit"] or "unknown")[:12] for run in runs.values()})
         compared = any(method == "ours" for _, _, method in runs)
         parts += [
             f"### {about['title']}",
             f"![accuracy against heads]({picture.name})",
             accuracy_table(runs),
-            "Ours against others, points of accuracy unless said, 95% interval by paired bootstrap:\n\n"
+            "Ours against others, points of accuracy unless said, 95% interval by paired bootstrap, number of runs compared:\n\n"
             f"{comparisons(runs)}\n{other_figures(runs)}" if compared else "",
             f"Dense: {first['settings']['dense']}; from there every method: {first['settings']['budget_stage']}; "
             f"batches of {first['settings']['batch_size']}. ± is the standard deviation over seeds. Commits: "
             f"{', '.join(commits)}.",
+            *against_time,
         ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
