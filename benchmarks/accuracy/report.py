@@ -235,9 +235,9 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
     good = [(x, note) for x, y, note in points["ours"] if y >= points["dense"][0][1] - 0.005]
     fastest = f"{max(good)[0]:.2f}x at {max(good)[1]}" if good else "none"
     return (
-        f"![accuracy against time]({path.name})\n\nNumbers at the points are the budgets; times are those of batches as "
-        f"they come (section {timed['settings']['title']}). Fastest of our budgets within half a point of dense: "
-        f"{fastest}."
+        "![accuracy against time]("
+        f"{path.name})\n\nNumbers at the points are the budgets; times are those of batches as they come "
+        f"(section {timed['settings']['title']}). Fastest of our budgets within half a point of dense: {fastest}."
     )
 
 
@@ -264,7 +264,7 @@ def section(folder: Path, output: Path, timed: list[dict[str, Any]]) -> str:
             f"### {about['title']}",
             f"![accuracy against heads]({picture.name})",
             accuracy_table(runs),
-            "Ours against others, points of accuracy unless said, 95% interval by paired bootstrap, number of runs compared:\n\n"
+            "Ours against others: points of accuracy unless said, 95% interval by paired bootstrap, runs compared:\n\n"
             f"{comparisons(runs)}\n{other_figures(runs)}" if compared else "",
             f"Dense: {first['settings']['dense']}; from there every method: {first['settings']['budget_stage']}; "
             f"batches of {first['settings']['batch_size']}. ± is the standard deviation over seeds. Commits: "
