@@ -50,6 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "need 1": {"config": {"need_scale": 1.0}},
     "half the task's loss": {"config": {"distillation_weight": 0.5}},
     "heads ranked beforehand": {"ranked": 4.0},
+    "three times the steps": {"longer": 3.0},  # as many as static pruning needs for three budgets
     "fixed heads": {"fixed_heads": True},
     "without teacher": {"teacher": None},
     "own teacher": {"teacher": "self"},
@@ -221,6 +222,7 @@ def run_method(
     if spec.get("start") == "pretrained":  # as many steps as the two stages together
         start = pretrained
         stage |= {**settings["dense"], "epochs": stage["epochs"] + settings["dense"]["epochs"]}
+    stage["epochs"] *= spec.get("longer", 1.0)
     if "teacher" in spec:
         rows = rows.remove_columns("teacher_logits")
     multiplier = settings["budget_stage"]["router_learning_rate"] / stage["learning_rate"]
