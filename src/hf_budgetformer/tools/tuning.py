@@ -1,0 +1,327 @@
+"""The smallest head budget that keeps a classifier's accuracy, found on as few evaluations as the answer needs."""
+
+import bisect
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..configuration_budgetformer import is_share
+from .profiling import profile
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # type: ignore[import-untyped]
+
+
+# Shares of the capital that one row may lose. Spaced evenly, for where few differences are not zero large bets decide.
+_BETS = np.linspace(0.05, 0.95, 10)
+# Standard errors by which the rows to come may turn out better than those seen before a test is given up: less saves
+# more evaluations and finds larger budgets.
+_OPTIMISM = 1.25
+
+
+@dataclass(frozen=True)
+class BudgetTest:
+    """What was found out about one budget, a share of the heads asked for.
+
+    Attributes:
+        rows: Inputs evaluated at it.
+        difference: Accuracy lost on them: mean of (right with all heads) - (right at this budget), in [-1, 1].
+        interval: Bounds of the accuracy lost on inputs like these; each of the two holds with the confidence asked for.
+        decision: Whether the accuracy lost is "within" the tolerance, "exceeds" it, or is "undecided".
+        heads: Mean share of the heads that ran.
+        flops: FLOPs over those with all heads, on one batch of middling length, if asked for.
+    """
+
+    budget: float
+    rows: int
+    difference: float
+    interval: tuple[float, float]
+    decision: str
+    heads: float | None = None
+    flops: float | None = None
+
+
+@dataclass(frozen=True)
+class TunedBudget:
+    """The answer of `tune_budget`: the smallest budget found to be within the tolerance, 1.0 if none below is.
+
+    Attributes:
+        accuracy: With all heads, on the rows that were looked at.
+        curve: The budgets that were tested, rising.
+        evaluations: Inputs run through the model, with all heads too; not counted is the batch that FLOPs are read off.
+        grid_evaluations: Inputs that all budgets, and all heads, on all rows would have taken.
+        settings: What was asked for.
+    """
+
+    budget: float
+    accuracy: float
+    curve: list[BudgetTest]
+    evaluations: int
+    grid_evaluations: int
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{'budget':>6}{'heads':>8}{'FLOPs':>8}{'rows':>8}  {'points lost':<23}decision"]
+        for test in self.curve:
+            flops = "-" if test.flops is None else f"{test.flops:.1%}"
+            low, high = test.interval
+            lost = f"{100 * test.difference:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+            lines.append(f"{test.budget:>6.3f}{test.heads:>8.1%}{flops:>8}{test.rows:>8}  {lost:<23}{test.decision}")
+        asked = f"within {100 * self.settings['tolerance']:g} points of all heads ({self.accuracy:.1%})"
+        lines.append(f"smallest budget {asked}, confidence {self.settings['confidence']:g}: {self.budget:.3f}")
+        share = self.evaluations / self.grid_evaluations
+        return "\n".join([*lines, f"{self.evaluations} evaluations, {share:.1%} of the full grid"])
+
+
+def _log_capital(counts: Any, mean: float) -> float:
+    """Log of the capital, 1 at the start, after betting that the differences' true mean is below `mean`, in (-1, 1).
+
+    If it is not, the capital ever reaches 1 / alpha with probability alpha at most. Counts (3,) are of -1, 0 and 1.
+    """
+    logs = np.asarray(counts) @ np.log1p(_BETS * (mean - np.array([[-1.0], [0.0], [1.0]])) / (1.0 - mean))
+    return float(np.logaddexp.reduce(logs)) - math.log(len(_BETS))
+
+
+def _upper_bound(counts: np.ndarray, threshold: float) -> float:
+    low, high = -1.0, 1.0
+    while high - low > 1e-9:  # the capital rises with the mean it bets against
+        middle = (low + high) / 2
+        low, high = (low, middle) if _log_capital(counts, middle) >= threshold else (middle, high)
+    return high
+
+
+def _is_futile(counts: np.ndarray, rows: int, tolerance: float, threshold: float) -> bool:
+    """Whether all `rows` would not do even if those to come were somewhat better than those seen."""
+    seen = counts.sum()
+    gained, lost = counts[0] + _OPTIMISM * counts[0] ** 0.5, max(counts[2] - _OPTIMISM * counts[2] ** 0.5, 0.0)
+    hoped = np.array([gained, max(seen - gained - lost, 0.0), lost])
+    return _log_capital(counts + hoped * (rows - seen) / seen, tolerance) < threshold
+
+
+def race(
+    losses: Callable[[float, range], np.ndarray],
+    budgets: Iterable[float],
+    rows: int,
+    tolerance: float = 0.005,
+    confidence: float = 0.95,
+    chunk: int = 256,
+    futility: bool = True,
+) -> tuple[float, list[BudgetTest]]:
+    """Looks for the smallest budget whose mean loss is within `tolerance`, by bisection; knows nothing of models.
+
+    A budget is tested on a growing sample until it is decided or nothing is left. The bounds are a confidence sequence,
+    valid whenever one stops: the capital process of Waudby-Smith and Ramdas, "Estimating means of bounded random
+    variables by betting" (arXiv 2010.09686), averaged over a grid of constant bets ("grid Kelly" there), each test at
+    error (1 - confidence) / t, where t is the most tests bisection can take. The guarantee is about the inputs that the
+    rows are independent draws from, which they stay when shuffled, so nothing is corrected for a finite sample. Thus a
+    budget that all rows leave undecided stays so, though its loss on just these is then known exactly, and is not kept.
+
+    That the budget returned is within the tolerance holds with `confidence` if all budgets below one that exceeds it
+    exceed it too, which asks less than that the loss falls all along. Where even that fails, bisection returns a budget
+    that passed its own test at error (1 - confidence) / t, not necessarily the smallest that would.
+
+    Args:
+        losses: Takes a budget and the next rows, positions in the shuffled sample and the same for every budget; gives
+            (rows,) integers in {-1, 0, 1}: (right with all heads) - (right at the budget).
+        budgets: Candidates in (0, 1]; 1.0 needs no test.
+        rows: Size of the sample.
+        tolerance: Mean loss allowed, in (0, 1).
+        confidence: In (0, 1).
+        chunk: Rows asked for at a time, >= 1.
+        futility: Whether to give up a test when passing is out of reach; saves much and finds slightly larger budgets.
+
+    Returns:
+        the budget, 1.0 if none below passed, and the tests in the order they were made.
+
+    Raises:
+        ValueError: An argument is not allowed, or `rows` are too few to show the tolerance at all.
+    """
+    budgets = list(budgets)
+    candidates = sorted({budget for budget in budgets if is_share(budget)} - {1.0})
+    if not candidates or not all(map(is_share, budgets)):
+        raise ValueError(f"budgets must be floats in (0, 1], at least one of them below 1, got {budgets}.")
+    for name, value in (("tolerance", tolerance), ("confidence", confidence)):
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"{name} must be in (0, 1), got {value}.")
+    threshold = math.log(len(candidates).bit_length() / (1.0 - confidence))
+    needed = bisect.bisect_left(range(2**62), threshold, key=lambda zeros: _log_capital([0, zeros, 0], tolerance))
+    if needed > rows:
+        raise ValueError(
+            f"tolerance must be larger for {rows} rows, got {tolerance}: even if no answer changed, it would take "
+            f"{needed} rows to show that with confidence {confidence} and budgets {candidates}."
+        )
+
+    def run_test(budget: float) -> BudgetTest:
+        counts, seen, decision = np.zeros(3), 0, "undecided"
+        while seen < rows and decision == "undecided":
+            new = range(seen, min(seen + chunk, rows))
+            counts += np.bincount(losses(budget, new) + 1, minlength=3)
+            seen = new.stop
+            if _log_capital(counts, tolerance) >= threshold:
+                decision = "within"
+            elif _log_capital(counts[::-1], -tolerance) >= threshold:
+                decision = "exceeds"
+            elif futility and _is_futile(counts, rows, tolerance, threshold):
+                break
+        interval = -_upper_bound(counts[::-1], threshold), _upper_bound(counts, threshold)
+        return BudgetTest(budget, seen, float(counts[2] - counts[0]) / seen, interval, decision)
+
+    tests: list[BudgetTest] = []
+    low, high = 0, len(candidates)
+    while low < high:
+        middle = (low + high) // 2
+        tests.append(run_test(candidates[middle]))
+        low, high = (low, middle) if tests[-1].decision == "within" else (middle + 1, high)
+    return [*candidates, 1.0][high], tests
+
+
+def _label_column(model: nn.Module, dataset: "Dataset") -> str:
+    """Its name; raises ValueError where model or data are not what `tune_budget` needs."""
+    from datasets import Dataset  # here, for it takes long to import
+
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "budgetformer" or not hasattr(model, "classifier"):
+        raise ValueError(
+            f"model must be a BudgetFormer classifier, got {type(model).__name__}: make one with "
+            "BudgetFormerForSequenceClassification.from_pretrained(checkpoint) and train it."
+        )
+    if config.static_heads is not None:
+        raise ValueError("model must choose its heads, got one cut down to static heads, which takes no budget.")
+    if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
+        got = f"problem_type={config.problem_type!r}, num_labels={config.num_labels}"
+        raise ValueError(f"model must choose one label of several, got {got}.")
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        got = "one without rows" if isinstance(dataset, Dataset) else type(dataset).__name__
+        raise ValueError(f"dataset must be a datasets.Dataset with at least one row, got {got}.")
+    columns = dataset.column_names
+    name = "label" if "label" in columns else "labels"
+    for wanted in (("input_ids", "text"), ("label", "labels")):
+        if not set(wanted) & set(columns):
+            raise ValueError(f"dataset must have a column '{wanted[0]}' or '{wanted[1]}', got the columns {columns}.")
+    labels = np.asarray(dataset.with_format(None)[name][:])
+    bad = labels[(labels < 0) | (labels >= config.num_labels)] if labels.dtype.kind in "iu" else labels
+    if len(bad):
+        raise ValueError(f"dataset must have integers in [0, {config.num_labels}) as {name!r}, got {bad[0]!r}.")
+    return name
+
+
+def tune_budget(
+    model: nn.Module,
+    dataset: "Dataset",
+    tokenizer: PreTrainedTokenizerBase,
+    budgets: Iterable[float] | None = None,
+    tolerance: float = 0.005,
+    confidence: float = 0.95,
+    batch_size: int = 32,
+    seed: int = 0,
+    cost: Literal["heads", "flops"] = "heads",
+    max_length: int | None = None,
+    futility: bool = True,
+    write: bool = False,
+) -> TunedBudget:
+    """Finds the smallest head budget that keeps accuracy within `tolerance` of all heads, with `confidence`.
+
+    The method, and what it promises where accuracy does not rise with the budget, is that of `race`.
+
+    ```python
+    print(tune_budget(model, data["validation"], tokenizer, write=True))
+    model.save_pretrained("my-tuned-budgetformer")
+    ```
+
+    Args:
+        model: A BudgetFormer classifier, one label for each input; its weights and mode stay as they are.
+        dataset: Rows that the model was not trained on, with `label` or `labels`: tokenized (`input_ids` and what else
+            the tokenizer makes), or texts in the columns `text` and, for pairs, `text_pair`.
+        tokenizer: Of the model.
+        budgets: Candidates in (0, 1]; the fewer, the fewer rows it takes. None: multiples of one head in each layer.
+        tolerance: Accuracy that may be lost, as a fraction: 0.005 is half a point.
+        confidence: In (0, 1).
+        batch_size: Rows the model reads at a time, >= 1; sorted by length within eight batches.
+        seed: Of the order in which rows are looked at.
+        cost: What the curve tells: "heads", the share that ran, or "flops" too.
+        max_length: Tokens kept of a text; only for rows that are not tokenized yet. None: all the tokenizer allows.
+        futility: As in `race`.
+        write: Whether to set `model.config.head_budget` to the answer.
+
+    Raises:
+        ValueError: An argument is not allowed, or the rows are too few to show the tolerance at all.
+    """
+    label, ours = _label_column(model, dataset), cast(Any, model)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
+    if cost not in ("heads", "flops"):
+        raise ValueError(f"cost must be 'heads' or 'flops', got {cost!r}.")
+    heads = ours.config.num_attention_heads
+    budgets = [(n + 1) / heads for n in range(heads)] if budgets is None else list(budgets)
+    settings = {"tolerance": tolerance, "confidence": confidence, "budgets": budgets, "rows": len(dataset)}
+    settings |= {"batch_size": batch_size, "seed": seed, "cost": cost, "max_length": max_length, "futility": futility}
+    plain, chunk = dataset.with_format(None), 8 * batch_size
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    log: dict[float, list[torch.Tensor]] = defaultdict(list)  # by budget: (2, B), heads used and whether right
+
+    def answer(batch: Any, budget: float) -> torch.Tensor:
+        out = ours(**batch, head_budget=budget)
+        right = out.logits.argmax(-1) == batch["labels"]
+        log[budget].append(torch.stack([out.head_budget.float(), right.float()]).cpu())
+        return right.int().cpu()
+
+    @functools.cache
+    def read(rows: range) -> list[tuple[Any, torch.Tensor]]:
+        part = plain[order[rows.start : rows.stop].tolist()]
+        if "input_ids" in part:
+            encoded: Any = {name: part[name] for name in tokenizer.model_input_names if name in part}
+        else:
+            encoded = tokenizer(part["text"], part.get("text_pair"), truncation=True, max_length=max_length)
+        columns = {**encoded, "labels": part[label]}
+        table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        table.sort(key=lambda row: len(row["input_ids"]))
+        starts = range(0, len(table), batch_size)
+        padded = [tokenizer.pad(table[n : n + batch_size], return_tensors="pt").to(ours.device) for n in starts]
+        return [(batch, answer(batch, 1.0)) for batch in padded]
+
+    def losses(budget: float, rows: range) -> np.ndarray:
+        return torch.cat([right - answer(batch, budget) for batch, right in read(rows)]).numpy()
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            budget, tests = race(losses, budgets, len(dataset), tolerance, confidence, chunk, futility)
+            seen = {asked: torch.cat(parts, dim=1) for asked, parts in log.items()}
+            curve = [
+                replace(test, heads=seen[test.budget][0].mean().item())
+                for test in sorted(tests, key=lambda test: test.budget)
+            ]
+            if cost == "flops":
+                first = read(range(min(chunk, len(dataset))))
+                batch = first[len(first) // 2][0]
+                flops = [sum(profile(model, batch, x).sparse.values()) for x in (1.0, *(test.budget for test in curve))]
+                curve = [replace(test, flops=x / flops[0]) for test, x in zip(curve, flops[1:], strict=True)]
+    finally:
+        model.train(was_training)
+    if write:
+        ours.config.head_budget = budget
+    return TunedBudget(
+        budget=budget,
+        accuracy=seen[1.0][1].mean().item(),
+        curve=curve,
+        evaluations=sum(x.shape[1] for x in seen.values()),
+        grid_evaluations=len({*budgets, 1.0}) * len(dataset),
+        settings=settings,
+    )
+
+
+__all__ = ["BudgetTest", "TunedBudget", "race", "tune_budget"]
