@@ -186,7 +186,10 @@ def plot(runs: dict[tuple[str, int, str], Run], path: Path, title: str) -> None:
         axis.set_xlabel("mean share of heads used")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy")
-    axes[0][0].legend(fontsize=7)
+    handles = {
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    axes[0][-1].legend(handles.values(), handles, fontsize=7, loc="lower right")
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -206,6 +209,7 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
     for (data, _, method), run in runs.items():
         for x in run["evaluations"] if data == name else []:
             accuracy.setdefault((method, x["asked"]), []).append(x["accuracy"])
+    cut = next(run["source"]["max_length"] for (data, _, _), run in runs.items() if data == name)
     heads = 12  # of the model that both measured
     points: dict[str, list[tuple[float, float, str]]] = {"dense": [(1.0, np.mean(accuracy["dense", None]).item(), "")]}
     for variant, found in figures.items():
@@ -237,7 +241,8 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
     return (
         "![accuracy against time]("
         f"{path.name})\n\nNumbers at the points are the budgets; times are those of batches as they come "
-        f"(section {timed['settings']['title']}). Fastest of our budgets within half a point of dense: {fastest}."
+        f"(section {timed['settings']['title']}; accuracies are those of texts cut at {cut} tokens). Fastest of our "
+        f"budgets within half a point of dense: {fastest}."
     )
 
 
