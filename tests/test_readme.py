@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import datasets
@@ -70,6 +71,13 @@ def test_the_table_of_savings_is_what_was_measured(title, result):
     shown.append(ratios["ours 12"] * figures["ceiling"]["ratio"])
     expected = f"| {title} | " + " | ".join(f"{ratio:.2f}x" for ratio in shown) + " |"
     assert expected in README
+
+
+def test_the_table_of_accuracies_is_what_was_measured():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from accuracy.report import comparisons, read_runs
+
+    assert comparisons(read_runs(ROOT / "benchmarks" / "accuracy" / "results" / "main")) in README
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
