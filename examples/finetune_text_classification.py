@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", default=DOCSTRINGS, help="file, folder or Hub id with columns text and label")
     parser.add_argument("--epochs", type=float, default=1.0, help="of each of the two models")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--max-train", type=int, default=3200, help="training texts used (time grows with it)")
+    parser.add_argument("--max-train", type=int, default=2400, help="training texts used (time grows with it)")
     parser.add_argument("--max-test", type=int, default=800, help="test texts used")
     parser.add_argument("--max-length", type=int, default=64, help="tokens read of a text (time grows with it)")
     parser.add_argument("--output", default="demo-output", help="folder to save the model in")
@@ -104,7 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     stock.save_model(f"{args.output}/stock")
     train = add_teacher_logits(data["train"], stock.model, tokenizer)
     model = BudgetFormerForSequenceClassification.from_pretrained(
-        f"{args.output}/stock", router_lr_multiplier=ROUTER_LEARNING_RATE / args.learning_rate
+        f"{args.output}/stock",
+        router_lr_multiplier=ROUTER_LEARNING_RATE / args.learning_rate,
+        distillation_weight=0.5,  # the teacher has seen its texts but once and has much to learn itself
     )
     loader = stock.get_eval_dataloader(data["train"].select(range(min(256, len(data["train"])))))
     importance = head_importance(model, loader)
