@@ -172,7 +172,7 @@ def curve(runs: list[Run]) -> list[tuple[float, float, float]]:
 def plot(runs: dict[tuple[str, int, str], Run], path: Path, title: str) -> None:
     """Accuracy against the mean share of heads, mean over seeds, a panel for each data set."""
     names = sorted({data for data, _, _ in runs})
-    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(max(5.0, 3.4 * len(names)), 3.6), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         mine = [run for run in runs.values() if run["data"] == name]
         for kind, (color, marker, label) in LOOKS.items():
@@ -241,7 +241,8 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
     return (
         "![accuracy against time]("
         f"{path.name})\n\nNumbers at the points are the budgets; times are those of batches as they come "
-        f"(section {timed['settings']['title']}; accuracies are those of texts cut at {cut} tokens). Fastest of our "
+        f"(section {timed['settings']['title']}: the choices of the checkpoint given there, which need not be one of these; "
+        f"accuracies are those of texts cut at {cut} tokens). Fastest of our "
         f"budgets within half a point of dense: {fastest}."
     )
 
