@@ -241,8 +241,8 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
     return (
         "![accuracy against time]("
         f"{path.name})\n\nNumbers at the points are the budgets; times are those of batches as they come "
-        f"(section {timed['settings']['title']}: the choices of the checkpoint given there, which need not be one of these; "
-        f"accuracies are those of texts cut at {cut} tokens). Fastest of our "
+        f"(section {timed['settings']['title']}: choices of the checkpoint given there, which need not be one of "
+        f"these; accuracies are those of texts cut at {cut} tokens). Fastest of our "
         f"budgets within half a point of dense: {fastest}."
     )
 
