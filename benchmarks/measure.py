@@ -1,5 +1,6 @@
 """How everything here is timed, compared and checked, and on what machine."""
 
+import json
 import os
 import platform
 import statistics
@@ -17,6 +18,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def read_json(path: Path) -> Any:
+    """What a file of settings holds; ends with a message where it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: not a readable JSON file ({error}).") from None
 
 
 def stopwatch(run: Callable[[], Any], least_seconds: float = 0.0) -> Callable[[int], float]:

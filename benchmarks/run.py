@@ -14,7 +14,7 @@ import level_model
 import level_training
 import torch
 from inputs import keep_quiet
-from measure import ROOT, TOLERANCE, environment
+from measure import ROOT, TOLERANCE, environment, read_json
 
 
 COMMON = {"level": "", "title": "", "threads": [2], "repeats": 7, "seed": 0, "dtype": "float32"}
@@ -23,10 +23,7 @@ LEVELS: dict[str, Any] = {"block": level_block, "model": level_model, "training"
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Settings of an experiment, defaults filled in; ends with a message that names what is wrong."""
-    try:
-        given = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: not a readable JSON file ({error}).") from None
+    given = read_json(path)
     level = given.get("level")
     if level not in LEVELS:
         raise SystemExit(f"{path}: level must be one of {list(LEVELS)}, got {level!r}.")

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 from inputs import keep_quiet, load_tokenizer, make_batches, minilm  # noqa: E402
-from measure import environment  # noqa: E402
+from measure import environment, read_json  # noqa: E402
 
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits  # noqa: E402
 from hf_budgetformer.losses import teacher_divergence  # noqa: E402
@@ -70,10 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Settings of an experiment, defaults filled in; ends with a message that names what is wrong."""
-    try:
-        given = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: not a readable JSON file ({error}).") from None
+    given = read_json(path)
     if unknown := sorted(given.keys() - SETTINGS.keys()):
         raise SystemExit(f"{path}: unknown settings {unknown}; there are {sorted(SETTINGS)}.")
     if unknown := sorted(set(given.get("methods", [])) - METHODS.keys()):
@@ -157,14 +154,14 @@ def answers(model: Any, rows: Dataset, head_budget: float | None = None) -> tupl
 
 
 def judge(
-    model: Any, test: Dataset, budget: float | None, dense: torch.Tensor, static: bool
+    model: Any, test: Dataset, budget: float | None, dense: torch.Tensor
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """Figures of a model at one budget; what it costs each input and how many heads it used, (N,) both."""
-    logits, heads = answers(model, test, None if static else budget)
+    logits, heads = answers(model, test, budget)
     labels, predicted = torch.tensor(test["labels"]), logits.argmax(-1)
     cost = teacher_divergence(logits, dense, "")
     [batch] = make_batches(test["input_ids"][:64], 64, False)
-    flops = profile(model, batch, None if static else budget)
+    flops = profile(model, batch, budget)
     bits = {name: "".join(map(str, x.int().tolist())) for name, x in (
         ("correct", predicted == labels), ("agrees", predicted == dense.argmax(-1)))}  # fmt: skip
     return (
@@ -258,8 +255,11 @@ def run_chain(
     labels = len(set(rows["labels"]))
     label_names = {"id2label": {i: str(i) for i in range(labels)}, "label2id": {str(i): i for i in range(labels)}}
 
+    def place_of(name: str) -> Path:
+        return output / f"{source['name']}-{seed}-{name.replace(' ', '_')}.json"
+
     def write(name: str, seconds: float, figures: dict[str, Any]) -> None:
-        path = output / f"{source['name']}-{seed}-{name.replace(' ', '_')}.json"
+        path = place_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         about: dict[str, Any] = {
             "data": source["name"],
@@ -282,20 +282,20 @@ def run_chain(
         dense, seconds = train(start, rows, settings["dense"], settings["batch_size"], seed)
         dense.save_pretrained(place)
         logits, _ = answers(dense, test)
-        figures, _, _ = judge(dense, test, None, logits, static=True)
+        figures, _, _ = judge(dense, test, None, logits)
         write("dense", seconds, {"evaluations": [figures], "entropy": entropy(logits).mean().item()})
     dense = BudgetFormerForSequenceClassification.from_pretrained(place).eval()
     expected, _ = answers(dense, test)
     rows = add_teacher_logits(rows, dense, load_tokenizer())
     for name in source.get("methods", settings["methods"]):
-        if name == "dense" or (output / f"{source['name']}-{seed}-{name.replace(' ', '_')}.json").exists():
+        if name == "dense" or place_of(name).exists():
             continue
         model, seconds = run_method(name, dense, pretrained, rows, settings, seed)
         static = model.config.static_heads is not None
         found: dict[str, Any] = {"evaluations": []}
         spent, costs = {}, {}
         for budget in [None] if static else [*settings["budgets"], None]:
-            figures, costs[budget], spent[budget] = judge(model, test, budget, expected, static)
+            figures, costs[budget], spent[budget] = judge(model, test, budget, expected)
             found["evaluations"].append(figures)
         if not static and 0.25 in spent:
             low = min(x for x in costs if x is not None)

@@ -260,7 +260,7 @@ EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {
 # read where they are, million of weights gathered, million numbers of tokens gathered, and call. Fitted by
 # benchmarks/calibrate.py; only ratios matter.
 _COSTS = (13_900.0, 10_900.0, 73.1, 653.0, 667.0, 9.24)
-# Skipping heads must promise this much less, and these microseconds: estimates err by a sixth in the median.
+# Skipping heads must promise this much less, and these microseconds: estimates err by a tenth in the median.
 _MARGIN = (0.92, 30.0)
 # Microseconds of products that skipping could save at best, below which it is not worth the asking.
 _LEAST_SAVING = 150.0
