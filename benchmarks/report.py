@@ -5,13 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from accuracy.report import section as accuracy_section
 from paper.report import tables as paper_tables
+
+from hf_budgetformer.tools.plots import new_figure, save_figure
 
 
 HERE = Path(__file__).resolve().parent
@@ -149,8 +146,8 @@ def plot(result: dict[str, Any], path: Path) -> bool:
         return False
     if level == "block":
         sizes = list(result["settings"]["sizes"])
-        canvas, axes = plt.subplots(1, len(sizes), figsize=(5 * len(sizes), 4), squeeze=False, sharey=True)
-        for size, axis in zip(sizes, axes[0], strict=True):
+        figure, axes = new_figure(len(sizes), 5.0 * len(sizes), 4.0, sharey=True)
+        for size, axis in zip(sizes, axes, strict=True):
             counts = sorted(result["settings"]["open_heads"])
             for cell, found in figures.items():
                 if cell.startswith(f"{size} "):
@@ -161,10 +158,10 @@ def plot(result: dict[str, Any], path: Path) -> bool:
             axis.set(title=size, xlabel=f"open heads of {heads}, others for each input", yscale="log", xticks=counts)
             axis.axhline(1.0, color="grey", linewidth=0.8)
             axis.legend(fontsize=7)
-        axes[0, 0].set_ylabel("stock time / our time")
+        axes[0].set_ylabel("stock time / our time")
     else:
         found = figures["variants"]
-        canvas, axis = plt.subplots(figsize=(7, 0.35 * len(found) + 1.2))
+        figure, [axis] = new_figure(width=7.0, height=0.35 * len(found) + 1.2)
         ratios = [x["ratio"] for x in found.values()]
         errors = [[x["median"] - x["q1"] for x in ratios], [x["q3"] - x["median"] for x in ratios]]
         colours = [f"C{['stock', 'ours', 'static', 'learned'].index(name.split()[0])}" for name in found]
@@ -172,9 +169,7 @@ def plot(result: dict[str, Any], path: Path) -> bool:
         axis.invert_yaxis()
         axis.axvline(1.0, color="grey", linewidth=0.8)
         axis.set(xlabel="padded stock time / time", title=result["settings"]["title"])
-    canvas.tight_layout()
-    canvas.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(canvas)
+    save_figure(figure, path)
     return True
 
 

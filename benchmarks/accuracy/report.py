@@ -4,19 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+
+from hf_budgetformer.tools.plots import COLORS, new_figure, save_figure
 
 
 RESAMPLES = 2000
 SHARES = (0.5, 0.25, 0.125)
 Run = dict[str, Any]
-# Safe for the colour-blind (Okabe and Ito), with a marker each.
 LOOKS = {
-    "ours": ("#0072B2", "o", "ours, one checkpoint"),
-    "equal budgets": ("#E69F00", "s", "equal budgets, one checkpoint"),
-    "static": ("#D55E00", "^", "static, retrained for each"),
-    "dense": ("#000000", "*", "dense"),
+    "ours": (COLORS["ours"], "o", "ours, one checkpoint"),
+    "equal budgets": (COLORS["equal"], "s", "equal budgets, one checkpoint"),
+    "static": (COLORS["static"], "^", "static, retrained for each"),
+    "dense": (COLORS["stock"], "*", "dense"),
 }
 
 
@@ -172,8 +172,8 @@ def curve(runs: list[Run]) -> list[tuple[float, float, float]]:
 def plot(runs: dict[tuple[str, int, str], Run], path: Path, title: str) -> None:
     """Accuracy against the mean share of heads, mean over seeds, a panel for each data set."""
     names = sorted({data for data, _, _ in runs})
-    figure, axes = plt.subplots(1, len(names), figsize=(max(5.0, 3.4 * len(names)), 3.6), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    figure, axes = new_figure(len(names), max(5.0, 3.4 * len(names)))
+    for axis, name in zip(axes, names, strict=True):
         mine = [run for run in runs.values() if run["data"] == name]
         for kind, (color, marker, label) in LOOKS.items():
             points = curve([run for run in mine if run["method"].split(" 0.")[0] == kind])
@@ -185,15 +185,11 @@ def plot(runs: dict[tuple[str, int, str], Run], path: Path, title: str) -> None:
         axis.set_title(f"{name}\n{rows[0]} training and {rows[1]} test rows, {seeds} seeds", fontsize=8)
         axis.set_xlabel("mean share of heads used")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("accuracy")
-    handles = {
-        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    axes[0][-1].legend(handles.values(), handles, fontsize=7, loc="lower right")
+    axes[0].set_ylabel("accuracy")
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[-1].legend(handles.values(), handles, fontsize=7, loc="lower right")
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], path: Path) -> str:
@@ -222,7 +218,7 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
             points.setdefault("static", []).append((found["ratio"]["median"], y, f"{int(number) / heads:g}"))
     if "ours" not in points:
         return ""
-    figure, axis = plt.subplots(figsize=(5, 3.6))
+    figure, [axis] = new_figure()
     for kind, found in points.items():
         color, marker, label = LOOKS[kind]
         x, y, notes = zip(*sorted(found), strict=True)
@@ -233,9 +229,7 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
     axis.set(xlabel="times faster than the stock model", ylabel="accuracy", title=timed["settings"]["title"])
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path)
     good = [(x, note) for x, y, note in points["ours"] if y >= points["dense"][0][1] - 0.005]
     fastest = f"{max(good)[0]:.2f}x at {max(good)[1]}" if good else "none"
     return (

@@ -489,6 +489,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             "entropy": entropy.detach(),
             "temperature": exploration()[0].detach(),
             "progress": progress.detach(),
+            **{f"heads/layer_{n:02}": x for n, x in enumerate(routing.gates.detach().mean((0, 2)))},
         }
         exploration.steps += 1
         aux_loss = config.budget_loss_weight * budget_loss + 0.0 * routing.need.sum()  # in the graph, whoever trains it

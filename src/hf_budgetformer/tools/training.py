@@ -15,6 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from .data import batches_by_length
+
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -37,7 +39,7 @@ class BudgetCallback(TrainerCallback):
 
     Logged at every logging step of the Trainer, from the latest forward pass: `task_loss` (where the model sees the
     labels), `distillation_loss` (with `teacher_logits`), `need_loss`, `budget` (mean share of heads), `budget_loss`,
-    `entropy`, `temperature`, `progress`.
+    `entropy`, `temperature`, `progress`, and for each layer the share of its heads that ran: `heads/layer_00` and on.
 
     ```python
     trainer = Trainer(model, args, train_dataset=train, callbacks=[BudgetCallback()])
@@ -129,23 +131,12 @@ def add_teacher_logits(
     if not isinstance(teacher, nn.Module):
         teacher = AutoModelForSequenceClassification.from_pretrained(teacher)
     model: Any = teacher
-    inputs = [name for name in tokenizer.model_input_names if name in columns]
 
     def ask(rows: dict[str, list[Any]]) -> dict[str, list[list[float]]]:
-        if "input_ids" in columns:
-            encoded: Any = {name: rows[name] for name in inputs}
-        else:
-            encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
-        ids = encoded["input_ids"]
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # little padding
-        logits: list[list[float]] = [[] for _ in ids]
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = {name: [x[row] for row in chosen] for name, x in encoded.items()}
-            padded = tokenizer.pad(batch, return_tensors="pt").to(model.device)
-            answers = model(**padded).logits.float().tolist()
-            for row, answer in zip(chosen, answers, strict=True):
-                logits[row] = answer
+        logits: list[list[float]] = [[] for _ in next(iter(rows.values()))]
+        for places, batch in batches_by_length(rows, tokenizer, batch_size, max_length):
+            for place, answer in zip(places, model(**batch.to(model.device)).logits.float().tolist(), strict=True):
+                logits[place] = answer
         return {"teacher_logits": logits}
 
     weights = hashlib.sha256()

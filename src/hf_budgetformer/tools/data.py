@@ -1,0 +1,325 @@
+"""Labelled texts and classifiers from anywhere, checked; and batches of like length."""
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedTokenizerBase,
+)
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # type: ignore[import-untyped]
+
+
+FILES = (".parquet", ".csv", ".jsonl", ".json", ".txt")
+logger = logging.getLogger(__name__)
+
+
+def _read_file(path: Path) -> Iterator[Any]:
+    """Rows, one after the other: a mapping for each, or a sentence that says what is wrong with it."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # type: ignore[import-untyped]
+
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+        return
+    # What is not UTF-8 becomes surrogates, which `_fault` finds row by row.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if path.suffix == ".txt":
+            yield from ({"text": line.rstrip("\r\n")} for line in file)
+        elif path.suffix == ".csv":
+            table = csv.DictReader(file, strict=True)
+            while True:
+                try:
+                    row = next(table)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield f"is not csv ({error})"
+                else:
+                    yield "has more fields than the header" if None in row else row
+        elif path.suffix == ".json" and file.read(1024).lstrip()[:1] == "[":
+            file.seek(0)
+            try:
+                yield from json.load(file)  # one array: nothing to stream
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is not json ({error}).") from None
+        else:
+            file.seek(0)
+            for line in filter(str.strip, file):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield f"is not json ({error})"
+
+
+def _open(source: str, split: str | None) -> tuple[Iterator[Any], Mapping[str, Any]]:
+    """Rows as `_read_file` gives them, and the features of those columns of which any are known."""
+    from datasets import DatasetDict, Features, load_dataset  # here, for it takes long to import
+
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in FILES:
+            raise ValueError(f"{source}: the file's name must end in one of {', '.join(FILES)}.")
+        if path.suffix != ".parquet":
+            return _read_file(path), {}
+        import pyarrow.parquet
+
+        try:
+            return _read_file(path), Features.from_arrow_schema(pyarrow.parquet.read_schema(path))
+        except ValueError as error:
+            raise ValueError(f"{source} is no parquet file ({error}).") from None
+    if path.suffix in FILES or (source.startswith((".", "/", "~")) and not path.is_dir()):
+        raise FileNotFoundError(f"{source}: there is no such file or folder.")
+    found = load_dataset(source, split=split)
+    if isinstance(found, DatasetDict):
+        if len(found) > 1:
+            raise ValueError(f"{source}: split must be one of {list(found)}, got none (--split).")
+        [found] = found.values()
+    return iter(found), found.features
+
+
+def _fault(row: Any, wanted: Mapping[str, str]) -> str | None:
+    if not isinstance(row, Mapping):
+        return row if isinstance(row, str) else f"is no mapping of columns but {row!r:.80}"
+    for name, column in wanted.items():
+        value = row.get(column)
+        if value is None or (name == "label" and value == ""):
+            return f"has no {column!r}"
+        if name != "label" and not isinstance(value, str):
+            return f"has no text as {column!r} but {value!r:.80}"
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            return f"is not UTF-8 in {column!r}"
+    return None
+
+
+def _check(
+    rows: Iterable[Any], source: str, columns: Mapping[str, str] | None, labelled: bool
+) -> Iterator[tuple[dict[str, Any], str | None]]:
+    names = {"text": "text", "text_pair": "text_pair", "label": "label"}
+    if unknown := (columns or {}).keys() - names.keys():
+        raise ValueError(f"columns must name those of {list(names)}, got {sorted(unknown)}.")
+    names.update(columns or {})
+    wanted: dict[str, str] = {}
+    for row in rows:
+        if not wanted and isinstance(row, Mapping):  # the first sound row tells which columns there are
+            wanted = dict(names) if labelled else {name: names[name] for name in ("text", "text_pair")}
+            if "text_pair" not in (columns or {}) and names["text_pair"] not in row:
+                del wanted["text_pair"]
+            for name, column in wanted.items():
+                if column not in row:
+                    raise ValueError(
+                        f"{source} must have a column {column!r}, got the columns {list(row)}: name the right one "
+                        f"with columns={{{name!r}: NAME}} (--column {name}=NAME)."
+                    )
+        fault = _fault(row, wanted)
+        yield ({} if fault else {name: row[column] for name, column in wanted.items()}), fault
+    if not wanted:
+        raise ValueError(f"{source} must hold at least one row that can be read, got none.")
+
+
+def read_rows(source: str, split: str | None = None, columns: Mapping[str, str] | None = None) -> Iterator[Any]:
+    """Texts one after the other, in constant memory (but for a .json file that is one array).
+
+    Args:
+        source: A file (parquet, csv, jsonl, json, or txt with a text in each line), a folder of such files, or a data
+            set's Hub id.
+        split: Of a data set that has several.
+        columns: Their names where they are others: {"text": "sentence", "text_pair": ..., "label": ...}.
+
+    Yields:
+        For each row its text, and text_pair if there is such a column, as a dictionary; and None, or what is wrong with
+        the row.
+
+    Raises:
+        OSError: There is no such source.
+        ValueError: It cannot be read, holds nothing, or lacks a column.
+    """
+    rows, _ = _open(source, split)
+    return _check(rows, source, columns, labelled=False)
+
+
+def read_table(
+    source: str, split: str | None = None, columns: Mapping[str, str] | None = None, skip_bad: bool = False
+) -> "Dataset":
+    """Labelled texts, all at once: the columns text, text_pair if there is one, and label.
+
+    Args:
+        source: As in `read_rows`.
+        split: As in `read_rows`.
+        columns: As in `read_rows`.
+        skip_bad: Whether to go on without the rows that are broken, and log which; or else they are an error.
+
+    Raises:
+        OSError: There is no such source.
+        ValueError: It cannot be read, holds nothing, lacks a column, or has broken rows.
+    """
+    from datasets import ClassLabel, Dataset
+
+    rows, features = _open(source, split)
+    good: list[dict[str, Any]] = []
+    bad: list[str] = []
+    for number, (row, fault) in enumerate(_check(rows, source, columns, labelled=True)):
+        if fault:
+            bad.append(f"row {number} {fault}")
+        else:
+            good.append(row)
+    if bad:
+        more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
+        report = f"{source}: {len(bad)} of {len(good) + len(bad)} rows are broken (the first is row 0): "
+        report += "; ".join(bad[:5]) + more
+        if not skip_bad or not good:
+            raise ValueError(f"{report}. Mend them, or go on without them: skip_bad=True (--skip-bad).")
+        logger.warning("%s. Left out.", report)
+    if source.endswith(".csv") and all(row["label"].lstrip("-").isdecimal() for row in good):
+        good = [{**row, "label": int(row["label"])} for row in good]
+    table = Dataset.from_list(good)
+    kind = features.get((columns or {}).get("label", "label"))
+    return table.cast_column("label", kind) if isinstance(kind, ClassLabel) else table
+
+
+def load_config(checkpoint: str) -> Any:
+    """The configuration of a folder or Hub id; raises ValueError where there is no model."""
+    if os.path.isdir(checkpoint) and not os.path.isfile(os.path.join(checkpoint, "config.json")):
+        raise ValueError(f"checkpoint must be a model's folder or Hub id, got {checkpoint} without a config.json.")
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint must be a model's folder or Hub id, got {checkpoint}: {error}") from None
+
+
+def load_classifier(checkpoint: str, budgeted: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A trained sequence classifier in eval mode, stock or BudgetFormer, and its tokenizer.
+
+    Args:
+        checkpoint: A folder or Hub id.
+        budgeted: Whether it must be a BudgetFormer.
+
+    Raises:
+        ValueError: There is no model, none of that kind, or none with a trained classifier.
+    """
+    kind = load_config(checkpoint).model_type
+    if budgeted and kind != "budgetformer":
+        raise ValueError(
+            f"checkpoint must be a BudgetFormer, got the {kind} model {checkpoint}: make one of it with "
+            f"budgetformer train {checkpoint} DATA --output FOLDER."
+        )
+    model, loading = AutoModelForSequenceClassification.from_pretrained(checkpoint, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"checkpoint must be a trained classifier, got {checkpoint} without {', '.join(missing)}.")
+    return model.eval(), AutoTokenizer.from_pretrained(checkpoint)
+
+
+def check_single_label(config: Any) -> None:
+    """Raises ValueError unless the model chooses one label of several."""
+    if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
+        got = f"problem_type={config.problem_type!r}, num_labels={config.num_labels}"
+        raise ValueError(f"model must choose one label of several, got {got}.")
+
+
+def label_ids(dataset: "Dataset", config: Any) -> np.ndarray:
+    """The label of each row as the model's number; checks that the rows are what a classifier can be tried on.
+
+    Args:
+        dataset: Rows with `label` or `labels`, integers or the names that `config.label2id` knows, and `text` or
+            `input_ids`. Class labels whose names the model knows count by name.
+        config: Of a model that chooses one label of several.
+
+    Returns:
+        (rows,) int64, in [0, num_labels).
+
+    Raises:
+        ValueError: The model chooses otherwise, a column is missing, there is no row, or a label is not the model's.
+    """
+    from datasets import ClassLabel, Dataset  # here, for it takes long to import
+
+    check_single_label(config)
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        got = "one without rows" if isinstance(dataset, Dataset) else type(dataset).__name__
+        raise ValueError(f"dataset must be a datasets.Dataset with at least one row, got {got}.")
+    columns = dataset.column_names
+    for wanted in (("input_ids", "text"), ("label", "labels")):
+        if not set(wanted) & set(columns):
+            raise ValueError(f"dataset must have a column '{wanted[0]}' or '{wanted[1]}', got the columns {columns}.")
+    name = "label" if "label" in columns else "labels"
+    labels: list[Any] = dataset.with_format(None)[name][:]
+    kind, known = dataset.features[name], {str(key): number for key, number in (config.label2id or {}).items()}
+    if isinstance(kind, ClassLabel) and set(kind.names) <= known.keys():
+        labels = [kind.names[number] if number in range(len(kind.names)) else number for number in labels]
+    found = [known.get(label) if isinstance(label, str) else label for label in labels]
+    allowed = range(config.num_labels)
+    bad = [x for x, number in zip(labels, found, strict=True) if type(number) is not int or number not in allowed]
+    if bad:
+        raise ValueError(
+            f"dataset must have integers in [0, {config.num_labels}) as {name!r}, got {bad[0]!r} "
+            f"in {len(bad)} of {len(labels)} rows; names that the model knows are {list(known)}."
+        )
+    return np.array(found)
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raises ValueError unless it is an integer >= 1."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
+
+
+def batches_by_length(
+    columns: Mapping[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_length: int | None = None,
+) -> Iterator[tuple[np.ndarray, BatchEncoding]]:
+    """Batches of like length, shortest first, which saves padding.
+
+    Args:
+        columns: Lists of equal length: `input_ids` and what else the tokenizer makes, or `text` and, for pairs,
+            `text_pair`. Others are ignored.
+        tokenizer: Of the model.
+        batch_size: Rows at a time, >= 1.
+        max_length: Tokens kept of a text that is not tokenized yet. None: all the tokenizer allows.
+
+    Yields:
+        Positions of the rows, (B,) int64, and tensors (B, L) as a model takes them.
+    """
+    if "input_ids" in columns:
+        encoded: Any = {name: columns[name] for name in tokenizer.model_input_names if name in columns}
+    else:
+        encoded = tokenizer(columns["text"], columns.get("text_pair"), truncation=True, max_length=max_length)
+    order = np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        rows = {name: [values[place] for place in places] for name, values in encoded.items()}
+        yield places, tokenizer.pad(rows, return_tensors="pt")
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Writes a JSON file at once, into folders made as needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+__all__ = [
+    "batches_by_length",
+    "check_batch_size",
+    "check_single_label",
+    "label_ids",
+    "load_classifier",
+    "load_config",
+    "read_rows",
+    "read_table",
+    "write_json",
+]
