@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # A folder of <name>/{train,test}.parquet, for bench-full (ag_news, imdb) and accuracy.
 DATA ?=
 
-.PHONY: test demo bench bench-full accuracy quality style clean
+.PHONY: test test-slow test-browser test-data demo docs bench bench-full accuracy quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,21 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 
 test: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Training, processes and servers, for minutes.
+test-slow: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --timeout 1800 $(PYTEST_ARGS)
+
+# Needs Chromium and its driver.
+test-browser: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
+
+test-data: $(VENV)/.installed
+	@test -n "$(DATA)" || { echo 'usage: make test-data DATA=folder'; exit 2; }
+	HF_HUB_OFFLINE=1 DATA="$(abspath $(DATA))" $(BIN)/python -m pytest -m data $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_text_classification.py $(DEMO_ARGS)

@@ -315,7 +315,8 @@ def test_training_reports_the_parts_of_its_loss(backbone_type):
     model = budgetformer(backbone_type).train()
     outputs = model(**batch_of(LENGTHS, backbone_type), labels=torch.tensor([0, 1, 2, 0]))
     log = model.base_model.training_log
-    assert set(log) == {"task_loss", "need_loss", "budget", "budget_loss", "entropy", "temperature", "progress"}
+    parts = {"task_loss", "need_loss", "budget", "budget_loss", "entropy", "temperature", "progress"}
+    assert set(log) == parts | {f"heads/layer_{layer:02}" for layer in range(3)}
     torch.testing.assert_close(outputs.loss, log["task_loss"] + outputs.aux_loss)
     assert not any(value.requires_grad for value in log.values())
 

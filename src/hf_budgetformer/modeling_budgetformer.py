@@ -197,7 +197,13 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             "AutoModel": "modeling_budgetformer.BudgetFormerModel",
             "AutoModelForSequenceClassification": "modeling_budgetformer.BudgetFormerForSequenceClassification",
         }
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        kind = type(self)
+        # Sharding makes a class of torch's on top; the code to save is that of the class below.
+        self.__class__ = next(below for below in kind.__mro__ if not below.__module__.startswith("torch."))
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = kind
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_budgetformer import is_share
+from .data import batches_by_length, check_batch_size, label_ids
 from .profiling import profile
 
 
@@ -161,7 +162,7 @@ def race(
     if needed > rows:
         raise ValueError(
             f"tolerance must be larger for {rows} rows, got {tolerance}: even if no answer changed, it would take "
-            f"{needed} rows to show that with confidence {confidence} and budgets {candidates}."
+            f"{needed} rows to show that with confidence {confidence} and {len(candidates)} budgets below 1."
         )
 
     def run_test(budget: float) -> BudgetTest:
@@ -188,10 +189,7 @@ def race(
     return [*candidates, 1.0][high], tests
 
 
-def _label_column(model: nn.Module, dataset: "Dataset") -> str:
-    """Its name; raises ValueError where model or data are not what `tune_budget` needs."""
-    from datasets import Dataset  # here, for it takes long to import
-
+def _check_model(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "budgetformer" or not hasattr(model, "classifier"):
         raise ValueError(
@@ -200,22 +198,6 @@ def _label_column(model: nn.Module, dataset: "Dataset") -> str:
         )
     if config.static_heads is not None:
         raise ValueError("model must choose its heads, got one cut down to static heads, which takes no budget.")
-    if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
-        got = f"problem_type={config.problem_type!r}, num_labels={config.num_labels}"
-        raise ValueError(f"model must choose one label of several, got {got}.")
-    if not isinstance(dataset, Dataset) or not len(dataset):
-        got = "one without rows" if isinstance(dataset, Dataset) else type(dataset).__name__
-        raise ValueError(f"dataset must be a datasets.Dataset with at least one row, got {got}.")
-    columns = dataset.column_names
-    name = "label" if "label" in columns else "labels"
-    for wanted in (("input_ids", "text"), ("label", "labels")):
-        if not set(wanted) & set(columns):
-            raise ValueError(f"dataset must have a column '{wanted[0]}' or '{wanted[1]}', got the columns {columns}.")
-    labels = np.asarray(dataset.with_format(None)[name][:])
-    bad = labels[(labels < 0) | (labels >= config.num_labels)] if labels.dtype.kind in "iu" else labels
-    if len(bad):
-        raise ValueError(f"dataset must have integers in [0, {config.num_labels}) as {name!r}, got {bad[0]!r}.")
-    return name
 
 
 def tune_budget(
@@ -243,8 +225,8 @@ def tune_budget(
 
     Args:
         model: A BudgetFormer classifier, one label for each input; its weights and mode stay as they are.
-        dataset: Rows that the model was not trained on, with `label` or `labels`: tokenized (`input_ids` and what else
-            the tokenizer makes), or texts in the columns `text` and, for pairs, `text_pair`.
+        dataset: Rows that the model was not trained on, as in `tools.data.label_ids`: tokenized, or texts in the
+            columns `text` and, for pairs, `text_pair`.
         tokenizer: Of the model.
         budgets: Candidates in (0, 1]; the fewer, the fewer rows it takes. None: multiples of one head in each layer.
         tolerance: Accuracy that may be lost, as a fraction: 0.005 is half a point.
@@ -259,9 +241,10 @@ def tune_budget(
     Raises:
         ValueError: An argument is not allowed, or the rows are too few to show the tolerance at all.
     """
-    label, ours = _label_column(model, dataset), cast(Any, model)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
+    _check_model(model)
+    ours = cast(Any, model)
+    labels = label_ids(dataset, ours.config)
+    check_batch_size(batch_size)
     if cost not in ("heads", "flops"):
         raise ValueError(f"cost must be 'heads' or 'flops', got {cost!r}.")
     heads = ours.config.num_attention_heads
@@ -270,39 +253,32 @@ def tune_budget(
     settings |= {"batch_size": batch_size, "seed": seed, "cost": cost, "max_length": max_length, "futility": futility}
     plain, chunk = dataset.with_format(None), 8 * batch_size
     order = np.random.default_rng(seed).permutation(len(dataset))
-    log: dict[float, list[torch.Tensor]] = defaultdict(list)  # by budget: (2, B), heads used and whether right
+    log: dict[float, list[np.ndarray]] = defaultdict(list)  # by budget: (2, B), heads used and whether right
 
-    def answer(batch: Any, budget: float) -> torch.Tensor:
+    def answer(batch: Any, expected: np.ndarray, budget: float) -> np.ndarray:
         out = ours(**batch, head_budget=budget)
-        right = out.logits.argmax(-1) == batch["labels"]
-        log[budget].append(torch.stack([out.head_budget.float(), right.float()]).cpu())
-        return right.int().cpu()
+        right = out.logits.argmax(-1).cpu().numpy() == expected
+        log[budget].append(np.stack([out.head_budget.float().cpu().numpy(), right]))
+        return right.astype(int)
 
     @functools.cache
-    def read(rows: range) -> list[tuple[Any, torch.Tensor]]:
-        part = plain[order[rows.start : rows.stop].tolist()]
-        if "input_ids" in part:
-            encoded: Any = {name: part[name] for name in tokenizer.model_input_names if name in part}
-        else:
-            encoded = tokenizer(part["text"], part.get("text_pair"), truncation=True, max_length=max_length)
-        columns = {**encoded, "labels": part[label]}
-        table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        table.sort(key=lambda row: len(row["input_ids"]))
-        starts = range(0, len(table), batch_size)
-        padded = [tokenizer.pad(table[n : n + batch_size], return_tensors="pt").to(ours.device) for n in starts]
-        return [(batch, answer(batch, 1.0)) for batch in padded]
+    def read(rows: range) -> list[tuple[Any, np.ndarray, np.ndarray]]:
+        chosen = order[rows.start : rows.stop]
+        batches = batches_by_length(plain[chosen.tolist()], tokenizer, batch_size, max_length)
+        found = [(batch.to(ours.device), labels[chosen[places]]) for places, batch in batches]
+        return [(batch, expected, answer(batch, expected, 1.0)) for batch, expected in found]
 
     def losses(budget: float, rows: range) -> np.ndarray:
-        return torch.cat([right - answer(batch, budget) for batch, right in read(rows)]).numpy()
+        return np.concatenate([right - answer(batch, expected, budget) for batch, expected, right in read(rows)])
 
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             budget, tests = race(losses, budgets, len(dataset), tolerance, confidence, chunk, futility)
-            seen = {asked: torch.cat(parts, dim=1) for asked, parts in log.items()}
+            seen = {asked: np.concatenate(parts, axis=1) for asked, parts in log.items()}
             curve = [
-                replace(test, heads=seen[test.budget][0].mean().item())
+                replace(test, heads=float(seen[test.budget][0].mean()))
                 for test in sorted(tests, key=lambda test: test.budget)
             ]
             if cost == "flops":
@@ -316,7 +292,7 @@ def tune_budget(
         ours.config.head_budget = budget
     return TunedBudget(
         budget=budget,
-        accuracy=seen[1.0][1].mean().item(),
+        accuracy=float(seen[1.0][1].mean()),
         curve=curve,
         evaluations=sum(x.shape[1] for x in seen.values()),
         grid_evaluations=len({*budgets, 1.0}) * len(dataset),

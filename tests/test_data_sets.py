@@ -1,0 +1,35 @@
+"""The data sets that the evidence is made from, read as a user's own would be; they are not part of this repository."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from hf_budgetformer.tools.data import read_rows, read_table
+from hf_budgetformer.tools.recipe import label_names
+
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted((ROOT / "benchmarks" / "accuracy" / "experiments").glob("*.json"))
+SOURCES = sorted({source["name"] for path in EXPERIMENTS for source in json.loads(path.read_text())["data"]})
+pytestmark = pytest.mark.data
+
+
+@pytest.fixture
+def data():
+    folder = os.environ.get("DATA")
+    if not folder:
+        pytest.skip("DATA does not name a folder of data sets: make test-data DATA=folder")
+    return Path(folder)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_row_of_an_experiment_can_be_read(name, data):
+    train, test = (read_table(str(data / name / f"{split}.parquet")) for split in ("train", "test"))
+    assert set(test["label"]) <= set(train["label"])
+    assert len(label_names(train)) >= 2
+    rows = list(read_rows(str(data / name / "test.parquet")))
+    assert len(rows) == len(test)
+    assert not [fault for _, fault in rows if fault]
+    assert [row["text"] for row, _ in rows] == test["text"][:]

@@ -1,0 +1,248 @@
+"""The documents' blocks run or parse as they are written, and their tables are what was measured."""
+
+import copy
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import TrainingArguments
+
+import loopback_hub
+from documents import README, ROOT, blocks, run_python, use_stand_ins
+from hf_budgetformer import BudgetFormerConfig
+from hf_budgetformer.tools.tuning import race
+from loopback_hub import LoopbackHub
+
+
+DOCS = ROOT / "docs"
+PAGES = {
+    str(path.relative_to(DOCS)): path.read_text(encoding="utf-8")
+    for path in sorted(DOCS.rglob("*.md"))
+    if path.resolve().is_relative_to(DOCS.resolve())
+}
+EVERYTHING = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), **PAGES}
+MEASURED = {
+    "MiniLM, AG News cut at 128 tokens": "model_minilm_ag_news",
+    "MiniLM, IMDB cut at 512 tokens": "model_minilm_imdb",
+    "BERT-base width, 4 layers, AG News cut at 128 tokens": "model_base_ag_news",
+    "BERT-base width, 4 layers, IMDB cut at 512 tokens": "model_base_imdb",
+}
+
+
+@pytest.fixture(scope="module")
+def five_lines(tmp_path_factory, texts, tokenizer):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_stand_ins(monkeypatch, tmp_path_factory.mktemp("docs"), texts, tokenizer)
+        yield run_python("README.md", blocks(README, "python")[:1])
+
+
+# Start's are run with its shell blocks, further down.
+@pytest.mark.parametrize("name", [x for x, page in PAGES.items() if blocks(page, "python") and x != "start.md"])
+def test_the_python_blocks_of_a_page_run_after_the_five_lines(name, five_lines):
+    run_python(name, blocks(PAGES[name], "python"), {**five_lines, "model": copy.deepcopy(five_lines["model"])})
+
+
+def commands(page):
+    """Every command of a page's shell blocks, in words."""
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words: list[str] = []
+            for word in [*shlex.split(line, comments=True), "|"]:
+                if word not in ("|", "&&", ">"):
+                    words.append(word)
+                elif words:
+                    yield words[sum(bool(re.fullmatch(r"\w+=.*", word)) for word in words[:1]) :]
+                    words = []
+
+
+COMMANDS = [(name, words) for name, page in EVERYTHING.items() for words in commands(page)]
+
+
+def started_with(*first):
+    found = [words for _, words in COMMANDS if tuple(words[: len(first)]) == first]
+    return [pytest.param(words[len(first) :], id=" ".join(words)) for words in found]
+
+
+@pytest.mark.parametrize("words", started_with("make"))
+def test_make_knows_the_target(words):
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^{words[0]}:", makefile, flags=re.MULTILINE)
+    for variable in words[1:]:
+        assert f"$({variable.split('=')[0]})" in makefile or f",{variable.split('=')[0]})" in makefile
+
+
+@pytest.mark.parametrize("words", started_with("pip", "install"))
+def test_extras_exist(words):
+    extras = (ROOT / "setup.cfg").read_text().split("[options.extras_require]")[1]
+    for asked in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+        for extra in asked.split(","):
+            assert re.search(rf"^{extra} =", extras, flags=re.MULTILINE), extra
+
+
+@pytest.mark.parametrize("words", started_with("budgetformer"))
+def test_the_command_line_has_the_commands_and_options(words):
+    typer = pytest.importorskip("typer")
+    from hf_budgetformer.tools import cli
+
+    command = typer.main.get_command(cli.app).commands[words[0]]
+    with command.make_context(words[0], words[1:]) as context:
+        if words[0] == "train":
+            cli._parse_training_arguments([*context.args, "--output_dir", "out"])
+
+
+def script_and_options(words):
+    place = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    script = re.sub(r"^\$\{?CHECKOUT\}?/", "", words[place])
+    return ROOT / script, [word.split("=")[0] for word in words[place + 1 :] if word.startswith("--")]
+
+
+@pytest.mark.parametrize("words", [*started_with("python"), *started_with("accelerate", "launch")])
+def test_scripts_exist_and_have_the_options(words):
+    script, options = script_and_options(words)
+    source = script.read_text(encoding="utf-8")
+    known = {f"--{field.name}" for field in fields(TrainingArguments)} if "TrainingArguments" in source else set()
+    known |= set(re.findall(r'"(--[\w-]+)"', source))
+    known |= {f"--{name}" for name in re.findall(r"^    (\w+): .*field\(", source, flags=re.MULTILINE)}
+    assert set(options) <= known
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_what_a_page_names_exists(name):
+    code = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", EVERYTHING[name], flags=re.DOTALL | re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for text in code:
+        if re.fullmatch(r"(benchmarks|docs|examples|src|tests|tools)/[\w./]*", text):
+            places = (ROOT, ROOT / "src" / "hf_budgetformer")
+            assert any((place / text).exists() for place in places), text
+        if target := re.match(r"make ([\w-]+)", text):
+            assert re.search(rf"^{target[1]}:", makefile, flags=re.MULTILINE), text
+        if re.fullmatch(r"test_\w+", text):
+            assert f"def {text}(" in tests, text
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", PAGES[name]):
+        assert (DOCS / name).parent.joinpath(target).exists(), target
+
+
+def test_the_drawing_has_the_names_of_the_code():
+    package = ROOT / "src" / "hf_budgetformer"
+    source = "".join(path.read_text(encoding="utf-8") for path in package.glob("*.py"))
+    names = re.findall(r'class="code">([^<]+)<', (DOCS / "images" / "way_of_an_input.svg").read_text(encoding="utf-8"))
+    assert len(names) > 15
+    assert [name for name in names if not re.search(rf"\b{re.escape(name.split('=')[0])}\b", source)] == []
+
+
+def figures_of(title):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{MEASURED[title]}.json").read_text())["figures"]["2"]
+
+
+@pytest.mark.parametrize("title", MEASURED)
+def test_the_table_of_batches_is_what_was_measured(title):
+    figures = figures_of(title)
+    ratios = [figures["variants"][name]["ratio"]["median"] for name in ("ours 12", "ours 3", "static 3")]
+    ratios.append(ratios[0] * figures["ceiling"]["ratio"])
+    assert f"| {title} | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |" in PAGES["limits.md"]
+
+
+@pytest.mark.parametrize("title", MEASURED)
+def test_the_table_of_single_texts_is_what_was_measured(title):
+    found = [figures_of(title)["latency_ms"][name] for name in ("stock", "ours 3", "static 3")]
+    shown = " | ".join(f"{figures['p50']:.1f} / {figures['p95']:.1f}" for figures in found)
+    assert f"| {title} | {shown} |" in PAGES["limits.md"]
+
+
+def test_how_little_was_measured_is_said():
+    settings = json.loads((ROOT / "benchmarks" / "accuracy" / "experiments" / "main.json").read_text())
+    train, test = ([data[part] for data in settings["data"]] for part in ("train", "test"))
+    said = f"on {min(train):,} to {max(train):,} training rows and {min(test)} to {max(test)} test rows"
+    assert said in " ".join(PAGES["evidence.md"].split())
+
+
+@pytest.mark.parametrize(("tolerance", "rows"), [(0.005, "1,243"), (0.02, "308")])
+def test_the_rows_that_a_tolerance_needs_at_least(tolerance, rows):
+    with pytest.raises(ValueError, match=f"would take {rows.replace(',', '')} rows"):
+        race(lambda budget, more: np.zeros(len(more), int), [(n + 1) / 12 for n in range(12)], 1, tolerance)
+    assert re.search(rf"\b{rows}[.,]", PAGES["how_to/choose_a_budget.md"])
+
+
+def test_the_configuration_table_is_complete_and_true():
+    documented = {}
+    for names, defaults in re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|", PAGES["configuration.md"], flags=re.MULTILINE):
+        found, values = re.findall(r"`(\w+)`", names), defaults.replace("`", "").split(", ")
+        documented.update(zip(found, values, strict=True))
+    config = BudgetFormerConfig()
+    explained = config.__class__.__doc__.split("The remaining fields")[1].split("Raises:")[0]
+    assert sorted(documented) == sorted(re.findall(r"^        (\w+): ", explained, flags=re.MULTILINE))
+    for field, value in documented.items():
+        actual = getattr(config, field)
+        shown = actual if isinstance(actual, str) else f"{actual:g}" if actual is not None else "None"
+        assert value.strip('"') == shown, field
+
+
+def script_of_start(port):
+    """All blocks of a page in one shell script, as a reader with two terminals would run them."""
+    parts = ["set -eu"]
+    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", PAGES["start.md"], flags=re.DOTALL | re.MULTILINE):
+        if "pip install" in block:
+            block = f"export CHECKOUT={shlex.quote(str(ROOT))}\n"  # the environment is that of the tests
+        if "serve.py" in block:
+            block = (
+                f"{block.strip()} --port {port} & trap 'kill '$! EXIT\n"
+                f"until curl --silent --fail 127.0.0.1:{port}/health; do sleep 1; kill -0 $!; done\n"
+            )
+        parts.append(f"python - <<'END'\n{block}END" if language == "python" else block)
+    # A login asks the Hub for more than the one here knows.
+    script = "\n".join(parts).replace("hf auth login\n", "").replace(" me/", f" {LoopbackHub.user}/")
+    return script.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the page uses curl")
+def test_following_start_in_an_empty_folder_ends_at_a_served_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(loopback_hub, "LARGEST_UPLOAD", 2**28)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with LoopbackHub() as hub:
+        environment = {
+            **inherited,
+            "PATH": f"{Path(sys.executable).parent}:{inherited['PATH']}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": hub.token,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        (tmp_path / "empty").mkdir()
+        run = subprocess.run(
+            ["bash", "-c", script_of_start(port)],
+            cwd=tmp_path / "empty",
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=1500,
+        )
+        assert run.returncode == 0, run.stdout
+        published = hub.files(f"{hub.user}/my-budgetformer")
+    assert {"README.md", "model.safetensors", "modeling_budgetformer.py", "tokenizer.json"} <= published.keys()
+    assert not any(name.startswith("teacher") for name in published)
+    answers = [json.loads(found) for found in re.findall(r'\{"label".*?\}', run.stdout)]
+    assert len(answers) == 2
+    assert answers[1]["head_budget"] == pytest.approx(0.25, abs=0.1)
+    evaluated = json.loads((tmp_path / "empty" / "my-budgetformer" / "budgetformer" / "evaluation.json").read_text())
+    assert evaluated["results"][0]["accuracy"] > 0.3  # eight labels

@@ -1,0 +1,457 @@
+"""The demo page: what its functions say against the model, and the page itself in a real browser."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from conftest import budgetformer, stock_folder
+from hf_budgetformer.tools import page
+from hf_budgetformer.tools.baselines import prune
+from hf_budgetformer.tools.evaluation import BudgetResult, Evaluation
+from hf_budgetformer.tools.profiling import profile
+
+
+ROOT = Path(__file__).parent.parent
+SPACE = ROOT / "examples" / "space"
+NAMES = {0: "first", 1: "<i>second</i>", 2: "third"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)  # the seed of conftest is for one test
+    model = budgetformer("bert")
+    model.config.id2label = NAMES
+    model.config.label2id = {name: number for number, name in NAMES.items()}
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, model, tokenizer):
+    folder = tmp_path_factory.mktemp("page") / "checkpoint"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    results = [
+        BudgetResult(1.0, 54, 0.9, (0.8, 0.95), 1.0, [1.0] * 3),
+        BudgetResult(0.25, 48, 0.8, (0.68, 0.88), 0.26, [0.26] * 3),
+        BudgetResult(None, 51, 0.85, (0.74, 0.92), 0.5, [0.5] * 3),
+    ]
+    (folder / "budgetformer").mkdir()
+    (folder / "budgetformer" / "evaluation.json").write_text(json.dumps(Evaluation(60, results, {}, {}).to_dict()))
+    return folder
+
+
+def escaped(label):
+    return NAMES[label].replace("<", "&lt;").replace(">", "&gt;")
+
+
+@pytest.mark.parametrize("budget", [None, 0.5, 1.0])
+def test_a_text_is_shown_with_the_label_heads_and_flops_that_the_model_gives(model, tokenizer, budget):
+    text = "w1 w12 w3 w24"
+    batch = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        out = model(**batch, head_budget=budget, output_head_gates=True)
+    [probability], [label] = (x.tolist() for x in out.logits.softmax(-1).max(-1))
+    shown = page.show_text(model, tokenizer, text, budget)
+    assert f'<p class="bf-label"><b>{escaped(label)}</b> {probability:.0%}</p>' in shown
+    assert f"<dt>Heads</dt><dd>{out.head_budget.item():.0%}</dd><dd>{int(out.head_gates.sum())} of 12</dd>" in shown
+    assert f"<dt>FLOPs</dt><dd>{profile(model, batch, budget).ratio:.0%}</dd>" in shown
+    assert re.search(r"<dt>Time</dt><dd>\d+%</dd><dd>[\d.]+ of [\d.]+ ms</dd>", shown)
+    full = model(**batch, head_budget=1.0).logits.argmax().item()
+    assert f"All heads say <b>{escaped(full)}</b>" in shown
+
+
+def test_the_picture_also_says_in_words_which_heads_are_open():
+    drawn = page.draw_heads(torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
+    assert 'role="img" aria-label="Open heads of 4, layer 1: 1, 3; layer 2: 4"' in drawn
+    assert (drawn.count('class="open"'), drawn.count('class="closed"')) == (3, 5)
+    assert ">2/4<" in drawn
+    assert ">1/4<" in drawn
+
+
+@pytest.mark.parametrize(
+    ("times", "budget", "told"), [((1.0, 1.0), 0.5, 1), ((0.5, 1.0), 0.5, 0), ((1.0, 1.0), 1.0, 0)]
+)
+def test_where_no_time_is_saved_the_page_says_so(model, tokenizer, monkeypatch, times, budget, told):
+    monkeypatch.setattr(page, "_time_in_turn", lambda *arguments, **options: times)
+    shown = page.show_text(model, tokenizer, "w1 w2 w3", budget)
+    assert shown.count("No time is saved") == told
+    assert f"<dt>Time</dt><dd>{times[0]:.0%}</dd>" in shown
+
+
+def test_a_text_that_is_empty_or_far_too_long_is_refused_and_a_long_one_cut(model, tokenizer):
+    assert "Only its first 32 tokens were read." in page.show_text(model, tokenizer, "w1 " * 31, 0.5)
+    assert "Only its first" not in page.show_text(model, tokenizer, "w1 " * 30, 0.5)
+    for text in (" \n", "w" * 5001):
+        with pytest.raises(ValueError, match=r"A text must have 1 to 5,000 characters, got (0|5,001)"):
+            page.show_text(model, tokenizer, text, None)
+
+
+@pytest.mark.parametrize("columns", [("text",), ("text", "text_pair")])
+def test_a_files_table_is_what_the_model_says_of_each_row_alone(model, tokenizer, texts, monkeypatch, columns):
+    monkeypatch.setattr(page, "_BATCH", 5)
+    table, told = {name: [f"{text} w{place}" for text in texts["text"][:12]] for place, name in enumerate(columns)}, []
+    shown, content = page.show_texts(model, tokenizer, table, 0.5, told.append)
+    rows = list(csv.DictReader(io.StringIO(content)))
+    assert list(rows[0]) == [*columns, "label", "score", "heads"]
+    spent, same = [], 0
+    for place, row in enumerate(rows):
+        given = [table[name][place] for name in columns]
+        batch = tokenizer(*given, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            out, full = model(**batch, head_budget=0.5), model(**batch, head_budget=1.0)
+        assert [row[name] for name in columns] == given
+        assert row["label"] == NAMES[out.logits.argmax().item()]
+        assert float(row["score"]) == pytest.approx(out.logits.softmax(-1).max().item(), abs=1e-3)
+        assert float(row["heads"]) == pytest.approx(out.head_budget.item(), abs=1e-3)
+        spent.append(out.head_budget.item())
+        same += int(out.logits.argmax() == full.logits.argmax())
+    assert f"<dt>Heads</dt><dd>{sum(spent) / 12:.0%}</dd><dd>mean of 12 texts</dd>" in shown
+    assert f"<dt>Same label</dt><dd>{same / 12:.0%}</dd>" in shown
+    assert re.search(r"<dt>Time saved</dt><dd>-?\d+%</dd><dd>[\d.]+ s, all heads [\d.]+ s</dd>", shown)
+    assert told == pytest.approx([5 / 12, 10 / 12, 1.0])
+
+
+def test_what_others_wrote_is_shown_as_text(model, tokenizer):
+    shown, content = page.show_texts(model, tokenizer, {"text": ['<img src="x" onerror="alert()">, w1\nw2']}, None, id)
+    assert "<td>&lt;img src=&quot;x&quot; onerror=&quot;alert()&quot;&gt;, w1\nw2</td>" in shown
+    assert next(csv.DictReader(io.StringIO(content, newline="")))["text"] == '<img src="x" onerror="alert()">, w1\nw2'
+
+
+def test_files_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text('\ufefflabel,text\n1,"one, ""two"""\n0,drei\n', encoding="utf-8")
+    assert page.read_file(tmp_path / "a.csv") == {"text": ['one, "two"', "drei"]}
+    (tmp_path / "b.csv").write_text("text_pair,text\nb,a\n")
+    assert page.read_file(tmp_path / "b.csv") == {"text": ["a"], "text_pair": ["b"]}
+    (tmp_path / "c.txt").write_text("one, two\r\nüber\n", encoding="utf-8")
+    assert page.read_file(tmp_path / "c.txt") == {"text": ["one, two", "über"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.csv",
+            b"review,label\ngood,1\n",
+            r"a\.csv must have a column 'text', got the columns \['review', 'label'\]",
+        ),
+        ("a.csv", b"", r"a\.csv must hold at least one row that can be read, got none"),
+        ("a.csv", b"text\ngood\nb\xe4d\n", r"a\.csv: text 2 is not UTF-8 in 'text'"),
+        ("a.csv", b'text\n"open\n', r"a\.csv: text 1 is not csv"),
+        ("a.csv", b"text\nw\nw,w\n", r"a\.csv: text 2 has more fields than the header"),
+        ("a.txt", b"w\n" * 1001, r"a\.txt: text 1,001 is too much, .*: at most 1,000 texts"),
+        ("a.txt", b"w\n" + b"w" * 5001, r"a\.txt: text 2 is too much, with 5,001 characters: .* 5,000 characters"),
+        ("a.txt", b"w" * 1_000_001, r"a\.txt must be a \.csv or \.txt file of at most 1,000,000 bytes, got 1,000,001"),
+        ("a.exe", b"w", r"a\.exe must be a \.csv or \.txt file"),
+    ],
+)
+def test_a_bad_file_is_named_without_its_place_on_the_server(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{message}") as caught:
+        page.read_file(tmp_path / name)
+    assert str(tmp_path) not in str(caught.value)
+    assert "--column" not in str(caught.value)
+
+
+def test_the_curve_is_drawn_with_its_table_or_the_page_says_how_to_make_one(checkpoint, tmp_path):
+    shown = page.show_curve(str(checkpoint))
+    assert '<img class="bf-curve" src="data:image/png;base64,iVBOR' in shown
+    assert re.search(r"own +85\.0% ", shown)
+    assert f"<code>budgetformer evaluate {tmp_path} DATA</code>" in page.show_curve(str(tmp_path))
+
+
+def test_only_a_classifier_that_chooses_its_heads_is_taken(checkpoint, tokenizer, tmp_path, monkeypatch):
+    loaded, _ = page.load_checkpoint(str(checkpoint))
+    assert not loaded.training
+    static, regression = prune(budgetformer("bert"), [[0], [1], [2]]), budgetformer("bert", num_labels=1)
+    for name, other in (("static", static), ("regression", regression)):
+        other.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    stock_folder("bert", tmp_path / "stock")
+    for name, message in (("static", "static"), ("regression", "num_labels=1"), ("stock", "bert"), ("none", "none")):
+        with pytest.raises(ValueError, match=message):
+            page.load_checkpoint(str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no demo-output: run `make demo`.*budgetformer page CHECKPOINT"):
+        page.main()
+
+
+def test_without_gradio_the_extra_is_named(model, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match=r'pip install "hf-budgetformer\[page\]"'):
+        page.build_page(model, tokenizer, "name")
+
+
+def test_the_space_asks_for_what_the_package_needs():
+    setup = (ROOT / "setup.cfg").read_text("utf-8")
+    needed = re.search(r"install_requires =\n((?:    .*\n)+)", setup)[1].split()
+    assert set(needed) <= set((SPACE / "requirements.txt").read_text("utf-8").split())
+    _, front, _ = (SPACE / "README.md").read_text("utf-8").split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert (card["sdk"], card["app_file"]) == ("gradio", "app.py")
+    assert (SPACE / "app.py").is_file()
+    assert card["sdk_version"].startswith("6.")
+
+
+def find(browser, css):
+    return [element for element in browser.find_elements("css selector", css) if element.is_displayed()]
+
+
+def wait(browser, condition):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 30, poll_frequency=0.1).until(lambda _: condition())
+
+
+def pictures(browser):
+    return [picture.get_attribute("aria-label") for picture in find(browser, ".bf-heads")]
+
+
+def button(browser, text):
+    [found] = [element for element in find(browser, "button:not([tabindex='-1'])") if element.text.strip() == text]
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, checkpoint):
+    """The Space in a folder as it would be on the Hub, served; its address, and the only folders it may write in."""
+    pytest.importorskip("gradio", reason='needs gradio: pip install "hf-budgetformer[page]"')
+    folder = tmp_path_factory.mktemp("space")
+    shutil.copytree(SPACE, folder / "app")
+    shutil.copytree(ROOT / "src" / "hf_budgetformer", folder / "app" / "hf_budgetformer")
+    for name in ("home", "tmp"):
+        (folder / name).mkdir()
+    places = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "CHECKPOINT": str(checkpoint)}
+    environment = {**os.environ, **places, "OMP_NUM_THREADS": "1"}
+    log = folder / "log"
+    with log.open("w") as file:
+        command = [sys.executable, "-u", "app.py"]
+        process = subprocess.Popen(command, cwd=folder / "app", env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 90
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield found[0], folder
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not browser or not driver:
+        pytest.skip("needs chromium and its driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1280,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    chromium.downloads = tmp_path_factory.mktemp("downloads")
+    allow = {"behavior": "allow", "downloadPath": str(chromium.downloads)}
+    chromium.execute_cdp_cmd("Browser.setDownloadBehavior", allow)
+    yield chromium
+    chromium.quit()
+
+
+@pytest.fixture
+def browser(server, chromium):
+    """The page, loaded anew; at the end nothing went wrong in its console, and it asked nobody but its server."""
+    address, _ = server
+    chromium.get(address)
+    wait(chromium, lambda: len(pictures(chromium)) == 2)
+    yield chromium
+    assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []
+    sent = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in sent if event["method"] == "Network.requestWillBeSent"]
+    assert asked
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def open_file(browser, path):
+    if not find(browser, "[data-testid=file-upload], input[type=file]"):
+        button(browser, "File").click()
+    browser.find_element("css selector", "input[type=file]").send_keys(str(path))
+
+
+@pytest.mark.browser
+def test_the_page_classifies_what_is_typed(browser, model, tokenizer):
+    left, right = find(browser, "textarea")
+    for box, text in ((left, "w1 w2 w3"), (right, "w21 w22 w23 w24 w25")):
+        box.clear()
+        box.send_keys(text)
+    button(browser, "Classify").click()
+    wanted = []
+    for text in ("w1 w2 w3", "w21 w22 w23 w24 w25"):
+        with torch.no_grad():
+            out = model(**tokenizer(text, return_tensors="pt"))
+        probability, number = out.logits.softmax(-1)[0].max(-1)
+        wanted.append(f"{NAMES[number.item()]} {probability:.0%}")
+    wait(browser, lambda: [label.text for label in find(browser, ".bf-label")] == wanted)
+
+
+@pytest.mark.browser
+def test_the_slider_changes_the_picture_and_the_check_box_brings_the_own_budget_back(browser):
+    from selenium.webdriver.common.keys import Keys
+
+    own = pictures(browser)
+    [slider], [box] = find(browser, "input[type=range]"), find(browser, "input[type=checkbox]")
+    slider.send_keys(Keys.HOME)
+    wait(
+        browser,
+        lambda: [figure.text for figure in find(browser, ".bf-figures dd:nth-child(3)")][::3] == ["3 of 12"] * 2,
+    )
+    assert pictures(browser) != own
+    assert not box.is_selected()
+    box.send_keys(Keys.SPACE)
+    wait(browser, lambda: pictures(browser) == own)
+
+
+@pytest.mark.browser
+def test_a_pair_is_picked_and_what_is_typed_stays_when_the_list_is_only_passed(browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def typed():
+        return tuple(box.get_attribute("value") for box in find(browser, "textarea"))
+
+    [pick], [left, right] = find(browser, "input[role=combobox]"), find(browser, "textarea")
+    _, second, *_ = page.EXAMPLES.values()
+    pick.send_keys(Keys.ARROW_DOWN, Keys.ENTER)
+    wait(browser, lambda: typed() == second)
+    left.send_keys(" w1")
+    ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).send_keys(Keys.TAB).perform()
+    right.send_keys(" w2", Keys.SHIFT, Keys.ENTER)
+    before = find(browser, ".bf-figures")[0].text
+    wait(browser, lambda: find(browser, ".bf-figures")[0].text != before)
+    assert typed() == (f"{second[0]} w1", f"{second[1]} w2")
+
+
+@pytest.mark.browser
+def test_everything_is_reached_by_tab_in_order_and_has_a_name(browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    reached = []
+    for _ in range(10):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        reached.append(browser.switch_to.active_element.accessible_name)
+    wanted = [
+        "The model's own budget",
+        "number .* share",
+        "range .* share",
+        "Texts",
+        "File",
+        "Accuracy",
+        "Pick two texts",
+    ]
+    wanted += ["Text 1", "Text 2", "Classify"]
+    assert all(map(re.match, wanted, reached)), "; ".join(reached)
+
+
+@pytest.mark.browser
+def test_a_file_is_classified_run_again_and_saved(browser, tmp_path, texts):
+    from selenium.webdriver.common.keys import Keys
+
+    (tmp_path / "texts.csv").write_text("text\n" + "\n".join(texts["text"][:20]) + "\n")
+    open_file(browser, tmp_path / "texts.csv")
+    wait(browser, lambda: find(browser, ".bf-scroll tbody tr"))
+    assert len(find(browser, ".bf-scroll tbody tr")) == 20
+    assert "mean of 20 texts" in find(browser, ".bf-figures")[0].text
+    saved = browser.downloads / "predictions.csv"
+
+    def save():
+        saved.unlink(missing_ok=True)
+        button(browser, "Download predictions.csv").click()
+        wait(browser, lambda: saved.exists() and saved.stat().st_size)
+        return list(csv.DictReader(saved.open(newline="")))
+
+    rows = save()
+    assert [row["text"] for row in rows] == list(texts["text"][:20])
+    cells = [cell.text for cell in find(browser, ".bf-scroll tbody td")]
+    assert cells == [value for row in rows for value in row.values()]
+    [slider] = find(browser, "input[type=range]")
+    slider.send_keys(Keys.HOME)
+    wait(browser, lambda: not find(browser, "input[type=checkbox]")[0].is_selected())
+    button(browser, "Run again at the budget above").click()
+    wait(browser, lambda: find(browser, ".bf-figures")[0].text.startswith("Heads\n25%"))
+    assert {row["heads"] for row in save()} == {"0.250"}
+
+
+@pytest.mark.browser
+def test_a_bad_file_gives_a_message_and_the_next_one_works(browser, tmp_path):
+    (tmp_path / "bad.csv").write_text("review\ngood\n")
+    (tmp_path / "good.txt").write_text("w1 w2\nw3\n")
+    open_file(browser, tmp_path / "bad.csv")
+    wait(browser, lambda: find(browser, "[role=alert]"))
+    assert find(browser, "[role=alert]")[0].text == "bad.csv must have a column 'text', got the columns ['review']"
+    assert "Download predictions.csv" not in [element.text for element in find(browser, "button")]
+    open_file(browser, tmp_path / "good.txt")
+    wait(browser, lambda: len(find(browser, ".bf-scroll tbody tr")) == 2)
+    assert not find(browser, "[role=alert]")
+
+
+@pytest.mark.browser
+def test_a_file_too_large_is_refused_with_a_message(browser, tmp_path):
+    (tmp_path / "large.txt").write_text("w1\n" * 400_000)
+    open_file(browser, tmp_path / "large.txt")
+    wait(browser, lambda: "maximum allowed size" in browser.find_element("tag name", "body").text)
+
+
+@pytest.mark.browser
+def test_the_curve_is_there(browser):
+    button(browser, "Accuracy").click()
+    wait(browser, lambda: find(browser, "img.bf-curve"))
+    assert find(browser, "img.bf-curve")[0].get_property("naturalWidth") > 100
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_a_phone(browser, scheme):
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    preferred = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", preferred)
+    try:
+        browser.refresh()
+        wait(browser, lambda: len(pictures(browser)) == 2)
+        for name in ("File", "Accuracy", "Texts"):
+            button(browser, name).click()
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert all(picture.size["width"] > 250 for picture in find(browser, ".bf-heads"))
+        assert find(browser, "label:has(input[type=checkbox])")[0].size["height"] < 40
+        assert bool(find(browser, ".dark")) == (scheme == "dark")
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.browser
+def test_nothing_typed_or_uploaded_stays_on_disk(browser, server, tmp_path):
+    _, folder = server
+    secret = "verysecretword"
+    [left, _] = find(browser, "textarea")
+    left.send_keys(f" {secret}")
+    before = find(browser, ".bf-figures")[0].text
+    button(browser, "Classify").click()
+    wait(browser, lambda: find(browser, ".bf-figures")[0].text != before)
+    (tmp_path / f"{secret}.csv").write_text(f"text\n{secret}\n")
+    open_file(browser, tmp_path / f"{secret}.csv")
+    wait(browser, lambda: find(browser, ".bf-scroll tbody tr"))
+    written = [path for path in folder.rglob("*") if path.is_file() and "hf_budgetformer" not in path.parts]
+    assert folder / "log" in written
+    assert [path for path in written if secret in path.name or secret.encode() in path.read_bytes()] == []

