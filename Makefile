@@ -32,7 +32,7 @@ test-data: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 DATA="$(abspath $(DATA))" $(BIN)/python -m pytest -m data $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_text_classification.py $(DEMO_ARGS)

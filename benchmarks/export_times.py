@@ -1,10 +1,12 @@
 """Times and scores a checkpoint, baked and exported to ONNX, beside the stock model with its weights and all heads.
 
 export_times.py CHECKPOINT DATA --head-budget 0.25 -> results/export/CHECKPOINT_0.25.json. All take turns on the same
-texts; nothing is timed before ONNX in float32 has answered as torch does on all rows of the test set.
+texts; nothing is timed before ONNX in float32 has answered as torch does on all rows of the test set. A ratio is the
+time of stock torch over one's own, "alike" that of the stock model run the same way: above 1 is faster.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from measure import ROOT, environment, interleave, ratio, spread, stopwatch
 from onnxruntime.quantization import quantize_dynamic
 
 from hf_budgetformer import BudgetFormerForSequenceClassification
-from hf_budgetformer.tools.export import bake, export_onnx
+from hf_budgetformer.tools.export import INT8, bake, export_onnx
 from hf_budgetformer.tools.profiling import stock_model
 
 
@@ -69,15 +71,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("data", type=Path, help="folder with train.parquet and test.parquet: text, label")
     parser.add_argument("--head-budget", type=float, default=0.25)
     parser.add_argument("--rows", type=int, help="of the test set; default all")
-    for name, value in (("--threads", 2), ("--repeats", 7)):
-        parser.add_argument(name, type=int, default=value)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "export")
     options = parser.parse_args(arguments)
     keep_quiet()
     start, machine, longest, size = time.perf_counter(), environment(), SETTINGS["max_length"], SETTINGS["batch_size"]
     machine["packages"] |= {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
     torch.set_num_threads(options.threads)
-    data = load_dataset("parquet", data_files={x: str(options.data / f"{x}.parquet") for x in ("train", "test")})
+    files = {name: options.data / f"{name}.parquet" for name in ("train", "test")}
+    data = load_dataset("parquet", data_files={name: str(path) for name, path in files.items()})
     rows = data["test"][: options.rows]
     test, labels = tokenize(rows["text"], longest), torch.tensor(rows["label"])
     typical = make_batches(tokenize(data["train"][: SETTINGS["baked_on"]]["text"], longest), size, by_length=True)
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, owner, export in (("stock", stock_model(model), export_stock), ("baked", baked, export_onnx)):
             paths = {kind: Path(folder) / f"{name}_{kind}.onnx" for kind in ("onnx", "int8")}
             export(owner, paths["onnx"])
-            quantize_dynamic(paths["onnx"], paths["int8"], per_channel=True)
+            quantize_dynamic(paths["onnx"], paths["int8"], **INT8)
             runs[f"{name} torch"] = lambda batch, owner=owner: owner(**batch).logits
             runs |= {f"{name} {kind}": load_onnx(path, options.threads) for kind, path in paths.items()}
     batches = make_batches(test, size, by_length=False)
@@ -106,13 +109,11 @@ def main(arguments: list[str] | None = None) -> None:
         times = interleave({name: stopwatch(call) for name, call in calls.items()}, options.repeats)
         figures[case] = {}
         for name, seconds in times.items():
-            ratios = {
-                f"ratio_to_{other.replace(' ', '_')}": ratio(times, name, other)
-                for other in ("stock torch", f"stock {name[6:]}")
-            }
-            figures[case][name] = {"ms_per_input": spread([1e3 * x / len(part) for x in seconds]), **ratios}
+            ms, alike = spread([1e3 * x / len(part) for x in seconds]), ratio(times, name, f"stock {name[6:]}")
+            figures[case][name] = {"ms_per_input": ms, "ratio": ratio(times, name, "stock torch"), "alike": alike}
     settings = {**SETTINGS, **vars(options), "checkpoint": options.checkpoint.name, "data": options.data.name}
     del settings["output"]
+    settings["sha256"] = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     result = {"settings": settings, "environment": machine, "seconds": round(time.perf_counter() - start)}
     result |= {"static_heads": baked.config.static_heads, "quality": quality, "figures": figures}
     target = options.output / f"{options.checkpoint.name}_{options.head_budget:g}.json"

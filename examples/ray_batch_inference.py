@@ -5,8 +5,8 @@
 
 `out/predictions/*.parquet` holds row, label, score and head_budget, the share of heads spent; rows are counted from 0
 through all input files, sorted by name. Rows without a text that can be read are set aside in `out/rejected.parquet`,
-with the reason; it is written last: all is done when it is there. On a cluster all machines must see the same folders,
-this one included, and have the package with its extra [ray].
+with the reason; it is written last: all is done when it is there. On a cluster all machines must see the same folders
+and have this package with its extra [ray].
 """
 
 import argparse
@@ -28,11 +28,8 @@ from hf_budgetformer.tools.prediction import predict
 from requested_budgets import head_budget
 
 
-ANSWERS = [("label", pa.string()), ("score", pa.float32()), ("head_budget", pa.float32())]
-PREDICTED, REJECTED = (
-    pa.schema([("row", pa.int64()), *ANSWERS]),
-    pa.schema([("row", pa.int64()), ("reason", pa.string())]),
-)
+REJECTED = pa.schema({"row": pa.int64(), "reason": pa.string()})
+PREDICTED = pa.schema({"row": pa.int64(), "label": pa.string(), "score": pa.float32(), "head_budget": pa.float32()})
 
 
 def find_parts(source: Path, column: str, most: int) -> list[dict[str, Any]]:
@@ -110,7 +107,7 @@ def run(parts: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[s
         try:
             # An actor takes a block of parts: few to keep count of, and enough for all to end at about the same time.
             blocks = ray.data.from_items(parts, override_num_blocks=min(len(parts), 32 * options.actors))
-            pool = ray.data.ActorPoolStrategy(size=options.actors)
+            pool = ray.data.ActorPoolStrategy(size=options.actors, max_tasks_in_flight_per_actor=1)
             rejected = blocks.flat_map(Classifier, fn_constructor_args=(options,), compute=pool, num_cpus=1)
             return sorted(rejected.iter_rows(), key=lambda row: row["row"])
         finally:

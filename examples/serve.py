@@ -14,7 +14,7 @@ import math
 import signal
 import sys
 import time
-from multiprocessing import parent_process
+from multiprocessing import active_children, parent_process
 from queue import Empty
 from typing import Annotated, Any
 
@@ -200,7 +200,11 @@ def main(arguments: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     print(f"Serving {options.checkpoint} at http://{options.host}:{options.port}/predict", flush=True)
-    server.run(options.host, options.port, log_level="warning", generate_client_file=False)
+    try:
+        server.run(options.host, options.port, log_level="warning", generate_client_file=False)
+    finally:
+        for process in active_children():  # those that LitServe leaves where it is stopped while they load
+            process.terminate()
 
 
 if __name__ == "__main__":

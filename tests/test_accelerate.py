@@ -119,7 +119,7 @@ def test_a_sharded_model_is_saved_with_its_own_code(process_group, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "kind"), [("ddp.yaml", "MULTI_CPU"), ("fsdp2.yaml", "FSDP")])
-def test_two_processes_have_the_losses_of_one(config, kind, folder, tmp_path, monkeypatch):
+def test_two_processes_have_the_losses_of_one(config, kind, folder, tmp_path):
     """One process takes the shares of both one after the other: then each term is a mean over the same rows."""
     arguments = options(folder, "deterministic", teacher=folder / "teacher")
     printed = launch(config, [*arguments, "--output_dir", tmp_path / "two"])

@@ -76,6 +76,7 @@ BROKEN = {
     "latin.csv": (b"text,label\nw1,1\nw\xe9,1\n", "row 1 is not UTF-8 in 'text'"),
     "null.jsonl": (b'{"text": "w1", "label": 1}\n{"text": null, "label": 1}\n', "row 1 has no 'text'"),
     "number.jsonl": (b'{"text": "w1", "label": 1}\n{"text": 5, "label": 1}\n', "row 1 has no text as 'text' but 5"),
+    "string.jsonl": (b'{"text": "w1", "label": 1}\n"w2"\n', "row 1 is no mapping of columns but 'w2'"),
     "list.jsonl": (b'{"text": "w1", "label": 1}\n[1, 2]\n', r"row 1 is no mapping of columns but \[1, 2\]"),
 }
 

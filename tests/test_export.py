@@ -73,6 +73,7 @@ def test_what_has_no_routers_cannot_be_baked():
 
 def small(backbone_type, kind):
     """Two layers, for exporting takes seconds for each; baked or not."""
+    torch.manual_seed(0)  # module fixtures come before the seed of a test
     config = BudgetFormerConfig.from_backbone_config(stock_config(backbone_type, num_hidden_layers=2))
     model = stir_routers(BudgetFormerForSequenceClassification(config).eval())
     return bake(model, batches(backbone_type), 0.5) if kind == "baked" else model
@@ -117,13 +118,15 @@ def test_an_exported_model_answers_as_it_did_for_any_batch_length_and_padding(ex
     torch.testing.assert_close(found["logits"], expected.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_int8_mostly_agrees_in_labels(exported, monkeypatch, tmp_path):
+def test_int8_answers_nearly_as_the_model_does(exported, monkeypatch, tmp_path):
     model, _, program = exported
     monkeypatch.setattr(export, "_trace", lambda *given: program)
     export_onnx(model, tmp_path / "int8.onnx", quantize=True)
     with torch.no_grad():
         found, expected = answers(tmp_path / "int8.onnx", model, batch_of(list(range(3, 33)) * 4, seed=3))
-    assert (found["logits"].argmax(-1) == expected.logits.argmax(-1)).float().mean() > 0.9
+    both = torch.stack([found["logits"].flatten(), expected.logits.flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.98
+    assert (both.view(2, -1, 3).argmax(-1).diff(dim=0) == 0).float().mean() > 0.85
     assert not torch.allclose(found["logits"], expected.logits, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "int8.onnx").read_bytes().count(b"MatMulInteger") > 0
     assert [x.name for x in tmp_path.iterdir()] == ["int8.onnx"]

@@ -113,13 +113,6 @@ def _load(checkpoint: str, budgeted: bool = True) -> tuple[Any, Any]:
     return load_classifier(checkpoint, budgeted)
 
 
-@contextlib.contextmanager
-def _prints_elsewhere() -> Iterator[None]:
-    """What is printed inside, by the Trainer above all, is no result."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
 def _finish(found: Any, as_json: bool, checkpoint: str, name: str) -> None:
     """Prints a result, then keeps it beside its checkpoint, if that is a folder."""
     from hf_budgetformer.tools.data import write_json
@@ -172,7 +165,7 @@ def train(
     Path(output).mkdir(parents=True, exist_ok=True)
     rows = _read(data, split, column, skip_bad)
     held_out = _read(validation, validation_split, column, skip_bad) if validation else None
-    with _prints_elsewhere():
+    with contextlib.redirect_stdout(sys.stderr):  # what the Trainer prints is no result
         found = train_classifier(
             checkpoint, rows, arguments, held_out, teacher, one_stage, max_length, source=data, **fields
         )
@@ -284,6 +277,8 @@ def bake(
     """Cut a model down to the heads it opens most often: small, static, and plain enough for any runtime."""
     from dataclasses import replace
 
+    from transformers.utils import logging
+
     from hf_budgetformer.tools.data import batches_by_length, write_json
     from hf_budgetformer.tools.evaluation import evaluate_budgets
     from hf_budgetformer.tools.export import bake
@@ -293,7 +288,8 @@ def bake(
     model, tokenizer = _load(checkpoint)
     texts = _read(data, split, column, skip_bad).shuffle(seed=0)
     batches = batches_by_length(texts[:rows], tokenizer, batch_size, max_length)
-    baked = bake(model, (batch for _, batch in batches), head_budget)
+    bar = logging.tqdm(batches, desc="Counting open heads", unit=" batches", leave=False, disable=None)
+    baked = bake(model, (batch for _, batch in bar), head_budget)
     baked.save_pretrained(output)
     tokenizer.save_pretrained(output)
     kept = baked.config.static_heads
@@ -329,7 +325,7 @@ def export(
     from hf_budgetformer.tools.export import export_onnx
 
     model, _ = _load(checkpoint)
-    with _prints_elsewhere():
+    with contextlib.redirect_stdout(sys.stderr):
         path = export_onnx(model, output, head_budget, quantize)
     print(json.dumps({"output": str(path)}) if as_json else f"Saved as {path}.")
 

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..backbones import max_input_length
+
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def _read_file(path: Path) -> Iterator[Any]:
-    """Rows, one after the other: a mapping for each, or a sentence that says what is wrong with it."""
+    """Rows, one after the other: a mapping for each, or an error that says what is wrong with it."""
     if path.suffix == ".parquet":
         import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -46,9 +49,9 @@ def _read_file(path: Path) -> Iterator[Any]:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield f"is not csv ({error})"
+                    yield ValueError(f"is not csv ({error})")
                 else:
-                    yield "has more fields than the header" if None in row else row
+                    yield ValueError("has more fields than the header") if None in row else row
         elif path.suffix == ".json" and file.read(1024).lstrip()[:1] == "[":
             file.seek(0)
             try:
@@ -61,7 +64,7 @@ def _read_file(path: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
-                    yield f"is not json ({error})"
+                    yield ValueError(f"is not json ({error})")
 
 
 def _open(source: str, split: str | None) -> tuple[Iterator[Any], Mapping[str, Any]]:
@@ -92,14 +95,16 @@ def _open(source: str, split: str | None) -> tuple[Iterator[Any], Mapping[str, A
 
 def _fault(row: Any, wanted: Mapping[str, str]) -> str | None:
     if not isinstance(row, Mapping):
-        return row if isinstance(row, str) else f"is no mapping of columns but {row!r:.80}"
+        return str(row) if isinstance(row, ValueError) else f"is no mapping of columns but {row!r:.80}"
     for name, column in wanted.items():
         value = row.get(column)
         if value is None or (name == "label" and value == ""):
             return f"has no {column!r}"
         if name != "label" and not isinstance(value, str):
             return f"has no text as {column!r} but {value!r:.80}"
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
             return f"is not UTF-8 in {column!r}"
     return None
 
@@ -182,7 +187,7 @@ def read_table(
         if not skip_bad or not good:
             raise ValueError(f"{report}. Mend them, or go on without them: skip_bad=True (--skip-bad).")
         logger.warning("%s. Left out.", report)
-    if source.endswith(".csv") and all(row["label"].lstrip("-").isdecimal() for row in good):
+    if source.endswith(".csv") and all(re.fullmatch(r"-?\d+", row["label"]) for row in good):
         good = [{**row, "label": int(row["label"])} for row in good]
     table = Dataset.from_list(good)
     kind = features.get((columns or {}).get("label", "label"))
@@ -218,7 +223,10 @@ def load_classifier(checkpoint: str, budgeted: bool = False) -> tuple[Any, PreTr
     model, loading = AutoModelForSequenceClassification.from_pretrained(checkpoint, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"checkpoint must be a trained classifier, got {checkpoint} without {', '.join(missing)}.")
-    return model.eval(), AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    if kind == "budgetformer":  # not every tokenizer knows
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_input_length(model.config))
+    return model.eval(), tokenizer
 
 
 def check_single_label(config: Any) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     set_seed,
 )
 
+from ..backbones import max_input_length
 from ..configuration_budgetformer import BudgetFormerConfig
 from ..modeling_budgetformer import BudgetFormerForSequenceClassification
 from .data import label_ids, load_config, write_json
@@ -115,6 +116,7 @@ def train_classifier(
     if strange:
         raise ValueError(f"fields must be those of BudgetFormerConfig, got {sorted(strange)}.")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_input_length(config))
     rows = _tokenized(train, config, tokenizer, max_length)
     held_out = None if validation is None else _tokenized(validation, config, tokenizer, max_length)
 
@@ -129,6 +131,7 @@ def train_classifier(
         trainer.train(resume_from_checkpoint=resumed)
         metrics = {} if held_out is None else trainer.evaluate()
         trainer.save_model()
+        trainer.accelerator.wait_for_everyone()  # or another process would load what is not there yet
         return trainer, metrics
 
     start = checkpoint
@@ -154,7 +157,8 @@ def train_classifier(
         "seconds": time.perf_counter() - between,
         "stage_one_seconds": between - started,
     }
-    write_json(output / "budgetformer" / "training.json", found)
+    if trainer.is_world_process_zero():
+        write_json(output / "budgetformer" / "training.json", found)
     return found
 
 

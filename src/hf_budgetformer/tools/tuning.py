@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..configuration_budgetformer import is_share
 from .data import batches_by_length, check_batch_size, label_ids
@@ -259,6 +260,7 @@ def tune_budget(
         out = ours(**batch, head_budget=budget)
         right = out.logits.argmax(-1).cpu().numpy() == expected
         log[budget].append(np.stack([out.head_budget.float().cpu().numpy(), right]))
+        bar.update(len(right))
         return right.astype(int)
 
     @functools.cache
@@ -273,8 +275,9 @@ def tune_budget(
 
     was_training = model.training
     model.eval()
+    bar = logging.tqdm(desc="Tuning", unit=" evaluations", leave=False, disable=None)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), bar:
             budget, tests = race(losses, budgets, len(dataset), tolerance, confidence, chunk, futility)
             seen = {asked: np.concatenate(parts, axis=1) for asked, parts in log.items()}
             curve = [
