@@ -96,11 +96,11 @@ def comparisons(runs: dict[tuple[str, int, str], Run]) -> str:
     """Ours against the others, run by run, with intervals."""
     cells = sorted({(data, seed) for data, seed, _ in runs})
 
-    def against(share: float, other: str, other_budget: float | None, what: str = "correct") -> str:
+    def against(share: float, other: str, other_budget: float | None, what: str = "correct", ours: str = "ours") -> str:
         pairs = [
-            (evaluation(runs[(*cell, "ours")], share)[what], evaluation(runs[(*cell, other)], other_budget)[what])
+            (evaluation(runs[(*cell, ours)], share)[what], evaluation(runs[(*cell, other)], other_budget)[what])
             for cell in cells
-            if (*cell, "ours") in runs and (*cell, other) in runs
+            if (*cell, ours) in runs and (*cell, other) in runs
         ]
         if not pairs:
             return "-"
@@ -114,6 +114,8 @@ def comparisons(runs: dict[tuple[str, int, str], Run]) -> str:
                 f"{share:.3g}",
                 against(share, "dense", None),
                 against(share, f"static {share}", None),
+                against(share, "dense", None, ours="three times the steps"),
+                against(share, f"static {share}", None, ours="three times the steps"),
                 against(share, "equal budgets", share),
                 against(share, "equal budgets", share, "agrees"),
                 against(share, "fixed heads", share),
@@ -121,7 +123,8 @@ def comparisons(runs: dict[tuple[str, int, str], Run]) -> str:
                 against(share, "one stage", share),
             ]
         )
-    head = ["budget", "dense", "static pruning, retrained", "equal budgets", "equal budgets, agreement with dense",
+    head = ["budget", "dense", "static pruning, retrained", "three times the steps: dense",
+            "three times the steps: static", "equal budgets", "equal budgets, agreement with dense",
             "the same heads for all inputs", "without teacher", "in one stage"]  # fmt: skip
     used = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
     return table([head[i] for i in used], [[row[i] for i in used] for row in rows])
