@@ -42,16 +42,24 @@ def thread_counts(result: dict[str, Any]) -> list[str]:
     return sorted((str(x) for x in result["settings"]["threads"]), key=int, reverse=True)
 
 
-def describe(result: dict[str, Any]) -> str:
-    """What was run, where."""
-    machine, agreement = result["environment"], result["agreement"]
-    data = result["data"] if isinstance(result["data"], list) else [result["data"]] * (result["data"] is not None)
-    names = ", ".join(f"{x['name']} (sha256 {x['sha256'][:12]})" for x in data)
+def made_with(result: dict[str, Any]) -> str:
+    """The machine, versions and commit."""
+    machine = result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["packages"].items() if number)
     commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
     return (
-        f"{names + '; ' if names else ''}{result['settings']['dtype']}; {machine['cpu']}, {machine['cores']} cores; "
-        f"{versions}; commit {commit}; load at the start {machine['load_average']:.1f}; outputs within "
+        f"{machine['cpu']}, {machine['cores']} cores; {versions}; commit {commit}; load at the start "
+        f"{machine['load_average']:.1f}"
+    )
+
+
+def describe(result: dict[str, Any]) -> str:
+    """What was run, where."""
+    agreement = result["agreement"]
+    data = result["data"] if isinstance(result["data"], list) else [result["data"]] * (result["data"] is not None)
+    names = ", ".join(f"{x['name']} (sha256 {x['sha256'][:12]})" for x in data)
+    return (
+        f"{names + '; ' if names else ''}{result['settings']['dtype']}; {made_with(result)}; outputs within "
         f"{agreement['max_difference']:.1g} of the reference ({agreement['checks']} checks).\n"
     )
 
@@ -116,6 +124,45 @@ def training_section(result: dict[str, Any]) -> str:
             seconds = [f"{x[who]['seconds_per_step']['median']:.2f} s" for who in ("stock", "ours")]
             rows.append([name, str(x["cell"]["batch_size"]), threads, *seconds, times(x["ratio"])])
     return "\n" + table(["data, precision", "batch", "threads", "stock", "ours", "stock / ours"], rows)
+
+
+def export_section(result: dict[str, Any]) -> str:
+    """One row for each way to run the classifier: accuracy, and time in three ways to form batches."""
+    settings, rows = result["settings"], []
+    for name, quality in result["quality"].items():
+        cases = [figures[name] for figures in result["figures"].values()]
+        cells = [f"{times(x['ratio'])}, {x['alike']['median']:.2f}x" for x in cases]
+        rows.append([name, f"{quality['accuracy']:.3f}", f"{quality['same_labels']:.3f}", *cells])
+    head = ["", "accuracy", "labels as in torch", *result["figures"]]
+    return (
+        f"\n{settings['data']}, {settings['rows'] or 'all'} test rows cut at {settings['max_length']} tokens, baked at "
+        f"{settings['head_budget']:g}; {settings['threads']} threads. First the time of stock torch / our time, then "
+        "that of the stock model run the same way.\n\n" + table(head, rows)
+    )
+
+
+def serving_section(result: dict[str, Any]) -> str:
+    """One row for each number of clients and way to serve them."""
+    rows = []
+    for name, x in result["figures"].items():
+        rate, latency = f"{x['requests_per_second']['median']:.0f}", x["latency_ms"]
+        answered = ", ".join(f"{count} x {status}" for status, count in x["statuses"].items())
+        rows.append([name, rate, f"{latency['p50']:.0f}", f"{latency['p95']:.0f}", f"{x['heads']:.1%}", answered])
+    batch = result["settings"]["max_batch"]
+    return (
+        f"\n`examples/serve.py` on loopback, at most {batch} requests in a batch; the clients take their part of the "
+        "same cores.\n\n" + table(["", "requests/s", "p50 ms", "p95 ms", "heads", "answers"], rows)
+    )
+
+
+def ray_section(result: dict[str, Any]) -> str:
+    """One row for the plain loop and for each number of actors."""
+    rows = []
+    for name, x in result["figures"].items():
+        rates = [f"{x[key]['median']:.0f}" for key in ("rows_per_second", "rows_per_second_when_running")]
+        rows.append([name, *rates, f"{x['ratio_when_running']['median']:.2f}x", f"{x['heads']:.1%}"])
+    head = ["", "rows/s, start included", "rows/s when running", "plain loop /", "heads"]
+    return "\n`examples/ray_batch_inference.py`, one thread an actor.\n\n" + table(head, rows)
 
 
 SECTIONS = {"block": block_section, "model": model_section, "training": training_section}
@@ -194,6 +241,11 @@ def main(arguments: list[str] | None = None) -> None:
         if plot(result, options.output / f"{name}.png"):
             text += f"\n![{title}]({name}.png)\n"
         text += SECTIONS[result["settings"]["level"]](result)
+    for kind, section in (("export", export_section), ("serving", serving_section), ("ray", ray_section)):
+        for path in sorted((options.results / kind).glob("*.json")):
+            result = json.loads(path.read_text())
+            text += f"\n## {kind.capitalize()}: {path.stem}\n\n`results/{kind}/{path.name}`: {made_with(result)}\n"
+            text += section(result)
     accuracy, paper = (options.results.parent / name / "results" for name in ("accuracy", "paper"))
     timed = [x for x in results.values() if x["settings"]["level"] == "model" and x["settings"]["budgets"]]
     if accuracy.exists():
