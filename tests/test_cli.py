@@ -296,10 +296,12 @@ def test_training_takes_two_stages_and_every_option_of_trainer(tmp_path, data, t
             "--config",
             "head_budget=0.5",
             *options,
+            "--card",
             "--json",
         )
     )
     assert json.loads(told)["rows"] == 64
+    assert "budgetformer:begin" in (out / "README.md").read_text("utf-8")
     kept = left_by(out, "training")
     assert (kept["base_model"], kept["dataset"], kept["rows"]) == (str(plain), data, 64)
     assert (kept["arguments"]["learning_rate"], kept["arguments"]["seed"]) == (1e-3, 5)

@@ -150,6 +150,7 @@ def train(
     split: Split = None,
     column: Columns = None,
     skip_bad: SkipBad = False,
+    with_card: Annotated[bool, typer.Option("--card", help="Write the model card at the end.")] = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune the plain model, then train a BudgetFormer that it teaches.
@@ -169,6 +170,10 @@ def train(
         found = train_classifier(
             checkpoint, rows, arguments, held_out, teacher, one_stage, max_length, source=data, **fields
         )
+    if with_card:
+        from hf_budgetformer.tools.model_card import write_model_card
+
+        write_model_card(output)
     told = {"output": output, **{name: found[name] for name in ("teacher", "rows", "seconds", "validation")}}
     if as_json:
         print(json.dumps(told))
