@@ -14,6 +14,7 @@ SHARES = (0.5, 0.25, 0.125)
 Run = dict[str, Any]
 LOOKS = {
     "ours": (COLORS["ours"], "o", "ours, one checkpoint"),
+    "three times the steps": (COLORS["own"], "D", "ours, three times the steps"),
     "equal budgets": (COLORS["equal"], "s", "equal budgets, one checkpoint"),
     "static": (COLORS["static"], "^", "static, retrained for each"),
     "dense": (COLORS["stock"], "*", "dense"),
