@@ -28,6 +28,14 @@ def read_json(path: Path) -> Any:
         raise SystemExit(f"{path}: not a readable JSON file ({error}).") from None
 
 
+def read_filled(path: Path, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Settings from a file, defaults filled in; ends with a message where it cannot be read or knows others."""
+    given = read_json(path)
+    if unknown := sorted(given.keys() - defaults.keys()):
+        raise SystemExit(f"{path}: unknown settings {unknown}; there are {sorted(defaults)}.")
+    return {**defaults, **given}
+
+
 def stopwatch(run: Callable[[], Any], least_seconds: float = 0.0) -> Callable[[int], float]:
     """Makes `run` something `interleave` takes: its mean time over as many calls as fill `least_seconds`.
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from inputs import keep_quiet, read_texts
-from measure import ROOT, Agreement, environment, interleave, ratio, read_json, spread
+from measure import ROOT, Agreement, environment, interleave, ratio, read_filled, spread
 
 from hf_budgetformer.tools.data import write_json
 
@@ -106,11 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, or one parquet file")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ray")
     options = parser.parse_args(arguments)
-    given = read_json(options.experiment)
-    if unknown := sorted(given.keys() - SETTINGS.keys()):
-        raise SystemExit(f"{options.experiment}: unknown settings {unknown}; there are {sorted(SETTINGS)}.")
+    settings = read_filled(options.experiment, SETTINGS)
     keep_quiet()
-    machine, start, settings = environment(), time.perf_counter(), {**SETTINGS, **given}
+    machine, start = environment(), time.perf_counter()
     machine["packages"] |= {name: version(name) for name in ("ray", "pyarrow")}
     found = measure(settings, str(Path(options.checkpoint).resolve()), options.data)
     settings["checkpoint"], seconds = Path(options.checkpoint).name, round(time.perf_counter() - start)

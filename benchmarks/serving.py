@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from inputs import keep_quiet, read_texts
-from measure import ROOT, Agreement, environment, interleave, ratio, read_json, spread
+from measure import ROOT, Agreement, environment, interleave, ratio, read_filled, spread
 from transformers import AutoTokenizer
 
 from hf_budgetformer import BudgetFormerForSequenceClassification
@@ -51,10 +51,7 @@ ANSWER_SECONDS = 60.0
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Settings of an experiment, defaults filled in; ends with a message that names what is wrong."""
-    given = read_json(path)
-    if unknown := sorted(given.keys() - SETTINGS.keys()):
-        raise SystemExit(f"{path}: unknown settings {unknown}; there are {sorted(SETTINGS)}.")
-    settings = {**SETTINGS, **given}
+    settings = read_filled(path, SETTINGS)
     for name, value in settings.items():
         if not isinstance(value, type(SETTINGS[name])):
             raise SystemExit(f"{path}: {name} must be a {type(SETTINGS[name]).__name__}, got {value!r}.")

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 from inputs import keep_quiet, load_tokenizer, make_batches, minilm  # noqa: E402
-from measure import environment, read_json  # noqa: E402
+from measure import environment, read_filled  # noqa: E402
 
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits  # noqa: E402
 from hf_budgetformer.losses import teacher_divergence  # noqa: E402
@@ -70,12 +70,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Settings of an experiment, defaults filled in; ends with a message that names what is wrong."""
-    given = read_json(path)
-    if unknown := sorted(given.keys() - SETTINGS.keys()):
-        raise SystemExit(f"{path}: unknown settings {unknown}; there are {sorted(SETTINGS)}.")
-    if unknown := sorted(set(given.get("methods", [])) - METHODS.keys()):
+    settings = read_filled(path, SETTINGS)
+    if unknown := sorted(set(settings["methods"]) - METHODS.keys()):
         raise SystemExit(f"{path}: unknown methods {unknown}; there are {sorted(METHODS)}.")
-    settings = {**SETTINGS, **given}
     for stage in ("dense", "budget_stage"):
         settings[stage] = {**SETTINGS[stage], **settings[stage]}
     return settings

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 from inputs import keep_quiet, load_tokenizer
-from measure import environment, read_json
+from measure import environment, read_filled
 from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -63,10 +63,7 @@ SETTINGS: dict[str, Any] = {
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Settings of an experiment, defaults filled in; ends with a message that names what is wrong."""
-    given = read_json(path)
-    if unknown := sorted(given.keys() - SETTINGS.keys()):
-        raise SystemExit(f"{path}: unknown settings {unknown}; there are {sorted(SETTINGS)}.")
-    settings = {**SETTINGS, **given}
+    settings = read_filled(path, SETTINGS)
     for name, default in SETTINGS.items():
         value, kinds = settings[name], (int, float) if isinstance(default, float) else (type(default),)
         if not isinstance(value, kinds):

@@ -1,6 +1,7 @@
 """Labelled texts and classifiers from anywhere, checked; and batches of like length."""
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from ..backbones import max_input_length
+from ..configuration_budgetformer import is_share
 
 
 if TYPE_CHECKING:
@@ -229,6 +232,33 @@ def load_classifier(checkpoint: str, budgeted: bool = False) -> tuple[Any, PreTr
     return model.eval(), tokenizer
 
 
+def check_classifier(model: Any) -> None:
+    """Raises ValueError unless it is a BudgetFormer classifier."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind != "budgetformer" or not hasattr(model, "classifier"):
+        raise ValueError(
+            f"model must be a BudgetFormer classifier, got {type(model).__name__}: make one with "
+            "BudgetFormerForSequenceClassification.from_pretrained(checkpoint) and train it."
+        )
+
+
+def distinct_budgets(budgets: Iterable[float | None]) -> list[float | None]:
+    """Each budget once, in their order; raises ValueError where one is not allowed, or none is given."""
+    found = list(dict.fromkeys(budgets))
+    if not found or not all(budget is None or is_share(budget) for budget in found):
+        raise ValueError(f"budgets must be floats in (0, 1], or None for the model's own, got {found}.")
+    return found
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """What tells a model's weights from others: sha256 of names and values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_single_label(config: Any) -> None:
     """Raises ValueError unless the model chooses one label of several."""
     if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
@@ -323,11 +353,14 @@ def write_json(path: str | Path, values: Any) -> None:
 __all__ = [
     "batches_by_length",
     "check_batch_size",
+    "check_classifier",
     "check_single_label",
+    "distinct_budgets",
     "label_ids",
     "load_classifier",
     "load_config",
     "read_rows",
     "read_table",
+    "weights_digest",
     "write_json",
 ]

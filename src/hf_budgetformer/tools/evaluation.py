@@ -11,8 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..configuration_budgetformer import is_share
-from .data import batches_by_length, check_batch_size, label_ids
+from .data import batches_by_length, check_batch_size, distinct_budgets, label_ids
 
 
 if TYPE_CHECKING:
@@ -115,9 +114,7 @@ def evaluate_budgets(
         ImportError: scipy is not installed.
     """
     ours: Any = model
-    config, budgets = ours.config, list(dict.fromkeys(budgets))
-    if not budgets or not all(budget is None or is_share(budget) for budget in budgets):
-        raise ValueError(f"budgets must be floats in (0, 1], or None for the model's own, got {budgets}.")
+    config, budgets = ours.config, distinct_budgets(budgets)
     check_batch_size(batch_size)
     labels, plain = label_ids(dataset, config), dataset.with_format(None)
     budgeted = config.model_type == "budgetformer"

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..backbones import max_input_length
 from .baselines import prune
+from .data import check_classifier
 
 
 # Tokens of the inputs that an exported model is traced with, and, in other batches and lengths, checked with.
@@ -147,8 +148,7 @@ def export_onnx(model: nn.Module, path: str | Path, head_budget: float | None = 
     except ImportError:
         raise ImportError('ONNX needs other packages: pip install "hf-budgetformer[onnx]".') from None
     ours: Any = model
-    if getattr(getattr(ours, "config", None), "model_type", None) != "budgetformer" or not hasattr(ours, "classifier"):
-        raise ValueError(f"model must be a BudgetFormer classifier, got {type(model).__name__}.")
+    check_classifier(model)
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"path must be that of a file, got the folder {path}.")

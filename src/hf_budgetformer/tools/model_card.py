@@ -17,7 +17,7 @@ from ..configuration_budgetformer import BudgetFormerConfig
 from .evaluation import Evaluation
 from .plots import plot_accuracy, plot_inputs, plot_layers, plot_time, plot_training, short_name
 from .profiling import CostCard
-from .tuning import BudgetTest, TunedBudget
+from .tuning import TunedBudget
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +63,7 @@ def _trained(values: dict[str, Any]) -> dict[str, Any]:
 _READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "evaluation": Evaluation.from_dict,
     "static": Evaluation.from_dict,
-    "tuning": lambda x: TunedBudget(**{**x, "curve": [BudgetTest(**test) for test in x["curve"]]}),
+    "tuning": TunedBudget.from_dict,
     "costs": CostCard.from_dict,
     "training": _trained,
 }

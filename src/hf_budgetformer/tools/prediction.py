@@ -1,6 +1,5 @@
 """Labels for texts, many or few: streamed, in input order, and taken up where a run was cut off."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..configuration_budgetformer import is_share
-from .data import batches_by_length, check_batch_size, check_single_label, read_rows, write_json
+from .data import batches_by_length, check_batch_size, check_single_label, read_rows, weights_digest, write_json
 
 
 # Rows are sorted by length within so many batches.
@@ -126,7 +125,7 @@ def predict_file(
         raise FileExistsError(f"{output} is there already: remove it, or name another file.")
     partial, origin = (output.with_name(output.name + end) for end in (".partial", ".partial.json"))
     run = {"source": source, "split": split, "columns": columns, "batch_size": batch_size, **options}
-    run |= {"file": _stamp(source), "weights": _digest(model), "max_tokens": tokenizer.model_max_length}
+    run |= {"file": _stamp(source), "weights": weights_digest(model), "max_tokens": tokenizer.model_max_length}
     run = json.loads(json.dumps(run))
     before = json.loads(origin.read_text("utf-8")) if origin.exists() else None
     if before is not None and before != run:
@@ -154,14 +153,6 @@ def _stamp(source: str) -> list[int]:
         return []
     found = os.stat(source)
     return [found.st_size, found.st_mtime_ns]
-
-
-def _digest(model: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _cut_to_windows(path: Path, window: int) -> int:

@@ -23,9 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from ..configuration_budgetformer import is_share
 from ..packing import find_packing
-from .data import batches_by_length
+from .data import batches_by_length, check_classifier, distinct_budgets
 
 
 if TYPE_CHECKING:
@@ -460,11 +459,8 @@ def cost_card(
         ImportError: codecarbon is not installed.
     """
     ours: Any = model
-    if getattr(getattr(ours, "config", None), "model_type", None) != "budgetformer" or not hasattr(ours, "classifier"):
-        raise ValueError(f"model must be a BudgetFormer classifier, got {type(model).__name__}.")
-    budgets = list(dict.fromkeys(budgets))
-    if not budgets or not all(budget is None or is_share(budget) for budget in budgets):
-        raise ValueError(f"budgets must be floats in (0, 1], or None for the model's own, got {budgets}.")
+    check_classifier(model)
+    budgets = distinct_budgets(budgets)
     for name, count in (("batch_size", batch_size), ("rows", rows), ("repeats", repeats)):
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {count!r}.")

@@ -1,6 +1,5 @@
 """Company for the plain Trainer: optional, training is right without it."""
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .data import batches_by_length
+from .data import batches_by_length, weights_digest
 
 
 if TYPE_CHECKING:
@@ -139,11 +138,7 @@ def add_teacher_logits(
                 logits[place] = answer
         return {"teacher_logits": logits}
 
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    asked = [dataset._fingerprint, weights.hexdigest(), Hasher.hash(tokenizer), max_length]
+    asked = [dataset._fingerprint, weights_digest(model), Hasher.hash(tokenizer), max_length]
     was_training = model.training
     model.eval()
     try:

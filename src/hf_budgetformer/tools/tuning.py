@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..configuration_budgetformer import is_share
-from .data import batches_by_length, check_batch_size, label_ids
+from .data import batches_by_length, check_batch_size, check_classifier, label_ids
 from .profiling import profile
 
 
@@ -74,6 +74,12 @@ class TunedBudget:
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TunedBudget":
+        """From what `to_dict` returned, through JSON or not."""
+        curve = [BudgetTest(**{**test, "interval": tuple(test["interval"])}) for test in values["curve"]]
+        return cls(**{**values, "curve": curve})
 
     def __str__(self) -> str:
         lines = [f"{'budget':>6}{'heads':>8}{'FLOPs':>8}{'rows':>8}  {'points lost':<23}decision"]
@@ -190,14 +196,9 @@ def race(
     return [*candidates, 1.0][high], tests
 
 
-def _check_model(model: nn.Module) -> None:
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "budgetformer" or not hasattr(model, "classifier"):
-        raise ValueError(
-            f"model must be a BudgetFormer classifier, got {type(model).__name__}: make one with "
-            "BudgetFormerForSequenceClassification.from_pretrained(checkpoint) and train it."
-        )
-    if config.static_heads is not None:
+def _check_model(model: Any) -> None:
+    check_classifier(model)
+    if model.config.static_heads is not None:
         raise ValueError("model must choose its heads, got one cut down to static heads, which takes no budget.")
 
 
