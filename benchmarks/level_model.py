@@ -19,6 +19,7 @@ from measure import Agreement, interleave, ratio, spread, stopwatch
 
 from hf_budgetformer import BudgetFormerForSequenceClassification
 from hf_budgetformer.tools.baselines import prune
+from hf_budgetformer.tools.data import weights_digest
 from hf_budgetformer.tools.profiling import profile, speed_ceiling
 
 
@@ -197,7 +198,9 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
             "ratio": ceiling.ratio,
         }
         found[str(threads)] = figures
-    return {"agreement": agreement.to_dict(), "data": data, "figures": found}
+    learned = next((x.model for name, x in variants.items() if name.startswith("learned")), None)
+    checkpoint = None if learned is None else weights_digest(learned)
+    return {"agreement": agreement.to_dict(), "data": data, "checkpoint": checkpoint, "figures": found}
 
 
 def check_models(

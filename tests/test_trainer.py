@@ -13,6 +13,8 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 
 from conftest import batch_of, budgetformer, stock_classifier
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification
+from hf_budgetformer.tools.baselines import head_importance, prune
+from hf_budgetformer.tools.training import rank_heads
 
 
 # Its name since transformers 5.24, or before.
@@ -199,6 +201,64 @@ def test_the_callback_logs_the_parts_of_the_loss_for_everyone_who_reads_logs(tok
     assert logged(trainer, "progress") == pytest.approx([0.0, 1 / 3, 2 / 3], abs=1e-3)
     temperatures = logged(trainer, "temperature")
     assert temperatures == sorted(temperatures, reverse=True)
+
+
+def biases_of(model):
+    return [layer.router.scorer.bias.detach().clone() for layer in model.base_model.encoder.layer]
+
+
+def test_heads_are_ranked_by_their_importance_for_the_training_rows(backbone_type, tokenizer, tokenized, tmp_path):
+    model = budgetformer(backbone_type, stir=False)
+    importance = head_importance(model, [DataCollatorWithPadding(tokenizer)(list(tokenized))])
+    set_seed(0)
+    trainer = trainer_for(
+        model, tmp_path, tokenizer, tokenized, callbacks=[BudgetCallback()], max_steps=1, learning_rate=0.0
+    )
+    trainer.train()
+    for layer, row in zip(model.base_model.encoder.layer, importance, strict=True):
+        scores = layer.router.scorer.bias.detach() * layer.router.scorer.multiplier
+        assert torch.equal(scores.argsort(), row.argsort())
+        assert scores.std(correction=0).item() == pytest.approx(3.0, abs=1e-4)
+        assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_ranking_draws_nothing_and_keeps_weights_gradients_and_mode(tokenizer, tokenized, tmp_path):
+    model = budgetformer("bert", stir=False).train()
+    trainer = trainer_for(model, tmp_path, tokenizer, tokenized)
+    before, random = {name: x.clone() for name, x in model.state_dict().items()}, torch.get_rng_state()
+    BudgetCallback().on_train_begin(
+        trainer.args, trainer.state, trainer.control, model=model, train_dataloader=trainer.get_train_dataloader()
+    )
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed == {f"bert.encoder.layer.{index}.router.scorer.bias" for index in range(3)}
+
+
+def test_what_is_trained_already_unlabelled_or_a_stream_is_not_ranked(tokenizer, tokenized, tmp_path):
+    def ranked(rows, steps=0, rank=True, **arguments):
+        set_seed(0)
+        model = budgetformer("bert", stir=False)
+        model.bert.exploration.steps.fill_(steps)
+        before = biases_of(model)
+        trainer_for(
+            model, tmp_path, tokenizer, rows, callbacks=[BudgetCallback(rank=rank)], max_steps=1, learning_rate=0.0,
+            **arguments,
+        ).train()  # fmt: skip
+        return not all(map(torch.equal, biases_of(model), before))
+
+    assert ranked(tokenized)
+    assert not ranked(tokenized, rank=False)
+    assert not ranked(tokenized, steps=3)
+    assert not ranked(tokenized.to_iterable_dataset())
+    teacher = tokenized.remove_columns("label").add_column("teacher_logits", [[0.0, 1.0, 2.0]] * len(tokenized))
+    assert not ranked(teacher, loss=lambda outputs, labels, **_: outputs["logits"].sum() * 0)
+
+
+def test_static_heads_cannot_be_ranked():
+    with pytest.raises(ValueError, match="model must have routers, the heads of this one are static"):
+        rank_heads(prune(budgetformer("bert"), [[0], [1], [2]]), [])
 
 
 def test_the_callback_needs_a_budgetformer(tokenizer, tokenized, tmp_path):

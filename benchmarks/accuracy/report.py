@@ -201,32 +201,38 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
 
     Args:
         runs: Of an accuracy experiment.
-        timed: Result of a model benchmark on texts of one of its data sets, with a trained checkpoint's own choices.
+        timed: Result of a model benchmark with a trained checkpoint's own choices.
         path: Of the plot.
+
+    Returns:
+        Markdown; nothing unless the checkpoint that was timed is that of one of the runs.
     """
-    name, figures = timed["settings"]["data"], timed["figures"][str(max(timed["settings"]["threads"]))]["variants"]
-    accuracy: dict[tuple[str, float | None], list[float]] = {}
-    for (data, _, method), run in runs.items():
-        for x in run["evaluations"] if data == name else []:
-            accuracy.setdefault((method, x["asked"]), []).append(x["accuracy"])
-    cut = next(run["source"]["max_length"] for (data, _, _), run in runs.items() if data == name)
-    heads = 12  # of the model that both measured
-    points: dict[str, list[tuple[float, float, str]]] = {"dense": [(1.0, np.mean(accuracy["dense", None]).item(), "")]}
+    by_weights = {run["weights"]: run for run in runs.values() if "weights" in run}
+    own = by_weights.get(timed.get("checkpoint"))
+    if own is None:
+        return ""
+    figures = timed["figures"][str(max(timed["settings"]["threads"]))]["variants"]
+    budgets = {f"{budget:g}": budget for budget in timed["settings"]["budgets"]}  # as variants are called
+    same_seed = {
+        method: run for (data, seed, method), run in runs.items() if (data, seed) == (own["data"], own["seed"])
+    }
+    dense, heads = evaluation(same_seed["dense"], None)["accuracy"], 12  # of the model that both measured
+    points: dict[str, list[tuple[float, float, str]]] = {"dense": [(1.0, dense, "")]}
     for variant, found in figures.items():
         kind, _, number = variant.partition(" ")
-        if kind == "learned" and ("ours", float(number)) in accuracy:
-            y = np.mean(accuracy["ours", float(number)]).item()
-            points.setdefault("ours", []).append((found["ratio"]["median"], y, number))
-        elif kind == "static" and (f"static {int(number) / heads:g}", None) in accuracy:
-            y = np.mean(accuracy[f"static {int(number) / heads:g}", None]).item()
+        if kind == "stock" and number == "sorted":
+            points["dense"].append((found["ratio"]["median"], dense, "sorted"))
+        elif kind == "learned":
+            y = evaluation(own, budgets[number])["accuracy"]
+            points.setdefault(own["method"], []).append((found["ratio"]["median"], y, number))
+        elif kind == "static" and (cut := same_seed.get(f"static {int(number) / heads:g}")):
+            y = evaluation(cut, None)["accuracy"]
             points.setdefault("static", []).append((found["ratio"]["median"], y, f"{int(number) / heads:g}"))
-    if "ours" not in points:
-        return ""
     figure, [axis] = new_figure()
     for kind, found in points.items():
         color, marker, label = LOOKS[kind]
         x, y, notes = zip(*sorted(found), strict=True)
-        label = "stock, padded" if kind == "dense" else label
+        label = "stock" if kind == "dense" else label
         axis.plot(x, y, color=color, marker=marker, linestyle="none" if kind == "dense" else "-", label=label)
         for left, low, note in zip(x, y, notes, strict=True):
             axis.annotate(note, (left, low), textcoords="offset points", xytext=(4, 4), fontsize=7)
@@ -234,14 +240,14 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     save_figure(figure, path)
-    good = [(x, note) for x, y, note in points["ours"] if y >= points["dense"][0][1] - 0.005]
+    good = [(x, note) for x, y, note in points[own["method"]] if y >= dense - 0.005]
     fastest = f"{max(good)[0]:.2f}x at {max(good)[1]}" if good else "none"
+    cuts = [own["source"]["max_length"], timed["settings"]["max_length"]]
     return (
-        "![accuracy against time]("
-        f"{path.name})\n\nNumbers at the points are the budgets; times are those of batches as they come "
-        f"(section {timed['settings']['title']}: choices of the checkpoint given there, which need not be one of "
-        f"these; accuracies are those of texts cut at {cut} tokens). Fastest of our "
-        f"budgets within half a point of dense: {fastest}."
+        f"![accuracy against time]({path.name})\n\nOne and the same checkpoint ({own['method']}, seed {own['seed']}), "
+        f"its accuracy on {own['rows'][1]} test rows cut at {cuts[0]} tokens, and its time on batches as they come, "
+        f"cut at {cuts[1]} (section {timed['settings']['title']}); numbers at the points are budgets. Fastest of our "
+        f"budgets within half a point of the dense model it started from: {fastest}."
     )
 
 
@@ -256,11 +262,8 @@ def section(folder: Path, output: Path, timed: list[dict[str, Any]]) -> str:
         picture = output / f"accuracy_{experiment.name}.png"
         plot(runs, picture, about["title"])
         first = next(iter(runs.values()))
-        names = {data for data, _, _ in runs}
         against_time = [
-            time_section(runs, x, output / f"accuracy_{experiment.name}_{x['settings']['data']}_time.png")
-            for x in timed
-            if x["settings"]["data"] in names
+            time_section(runs, x, output / f"accuracy_{experiment.name}_{x['experiment']}_time.png") for x in timed
         ]
         commits = sorted({(run["environment"]["commit"] or "unknown")[:12] for run in runs.values()})
         compared = any(method == "ours" for _, _, method in runs)
@@ -271,8 +274,9 @@ def section(folder: Path, output: Path, timed: list[dict[str, Any]]) -> str:
             "Ours against others: points of accuracy unless said, 95% interval by paired bootstrap, runs compared:\n\n"
             f"{comparisons(runs)}\n{other_figures(runs)}" if compared else "",
             f"Dense: {first['settings']['dense']}; from there every method: {first['settings']['budget_stage']}; "
-            f"batches of {first['settings']['batch_size']}. ± is the standard deviation over seeds. Commits: "
-            f"{', '.join(commits)}.",
+            f"batches of {first['settings']['batch_size']}"
+            f"{', bf16 autocast' if first['settings'].get('bf16') else ''}. ± is the standard deviation over seeds. "
+            f"Commits: {', '.join(commits)}.",
             *against_time,
         ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"

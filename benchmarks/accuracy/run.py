@@ -29,16 +29,20 @@ from measure import environment, read_filled  # noqa: E402
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits  # noqa: E402
 from hf_budgetformer.losses import teacher_divergence  # noqa: E402
 from hf_budgetformer.tools.baselines import drop_layers, head_importance, most_important, prune  # noqa: E402
+from hf_budgetformer.tools.data import weights_digest  # noqa: E402
 from hf_budgetformer.tools.profiling import profile  # noqa: E402
 
 
 SETTINGS: dict[str, Any] = {
     "title": "",
-    "data": [],  # {"name", "max_length", "train", "test"}: rows of each split; "methods" where they differ
+    # {"name", "max_length", "train", "test"}: rows of each split; "methods" where they differ; "head_and_tail": of a
+    # long text keep as much from its end as from its start.
+    "data": [],
     "seeds": [0, 1, 2],
     "methods": [],  # names of METHODS; "dense" always comes first
     "budgets": [1.0, 0.75, 0.5, 1 / 3, 0.25, 1 / 6, 0.125],
     "batch_size": 16,
+    "bf16": False,  # autocast while training; several times faster where the processor multiplies bfloat16
     "dense": {"epochs": 3.0, "learning_rate": 2e-4},
     "budget_stage": {"epochs": 2.0, "learning_rate": 1e-4, "router_learning_rate": 2e-3},
 }
@@ -49,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "equal budgets": {"config": {"need_scale": 0.0}},
     "need 1": {"config": {"need_scale": 1.0}},
     "half the task's loss": {"config": {"distillation_weight": 0.5}},
-    "heads ranked beforehand": {"ranked": 4.0},
+    "heads not ranked": {"rank": False},
     "three times the steps": {"longer": 3.0},  # as many as static pruning needs for three budgets
     "fixed heads": {"fixed_heads": True},
     "without teacher": {"teacher": None},
@@ -88,11 +92,25 @@ def read_rows(folder: Path, source: dict[str, Any], split: str, seed: int) -> tu
     rows = pyarrow.parquet.read_table(path).to_pylist()
     rows = random.Random(seed).sample(rows, min(source[split], len(rows)))
     pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
-    encoded = load_tokenizer()([row["text"] for row in rows], pairs, truncation=True, max_length=source["max_length"])
+    texts = [row["text"] for row in rows]
+    if source.get("head_and_tail"):
+        seconds = pairs or [None] * len(texts)
+        texts = [head_and_tail(x, y, source["max_length"]) for x, y in zip(texts, seconds, strict=True)]
+    encoded = load_tokenizer()(texts, pairs, truncation=True, max_length=source["max_length"])
     columns = {"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     labels = [row["label"] for row in rows]
     return Dataset.from_dict({**columns, "labels": labels}), {"name": f"{source['name']}/{split}", "sha256": digest}
+
+
+def head_and_tail(text: str, pair: str | None, max_length: int) -> str:
+    """What is left of a text cut in its middle, such that it and its pair are at most `max_length` tokens long."""
+    tokenizer = load_tokenizer()
+    room = max_length - len(tokenizer("", pair)["input_ids"])
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if len(places) <= room:
+        return text
+    return text[: places[room // 2 - 1][1]] + " " + text[places[room // 2 - room][0] :]
 
 
 class SelfTeacher(Trainer):
@@ -108,18 +126,24 @@ class SelfTeacher(Trainer):
 
 
 def train(
-    model: Any, rows: Dataset, stage: dict[str, Any], batch_size: int, seed: int, kind: type[Trainer] = Trainer
+    model: Any,
+    rows: Dataset,
+    stage: dict[str, Any],
+    settings: dict[str, Any],
+    seed: int,
+    kind: type[Trainer] = Trainer,
+    rank: bool = True,
 ) -> tuple[Any, float]:
     """Trains with the plain Trainer, word embeddings frozen; the model in eval mode, and the seconds it took."""
     set_seed(seed)
     model.base_model.embeddings.requires_grad_(False)
     arguments = TrainingArguments(
         "build/accuracy", num_train_epochs=stage["epochs"], learning_rate=stage["learning_rate"], warmup_steps=0.1,
-        per_device_train_batch_size=batch_size, train_sampling_strategy="group_by_length", save_strategy="no",
-        logging_strategy="no", seed=seed, report_to="none", disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False,
+        per_device_train_batch_size=settings["batch_size"], train_sampling_strategy="group_by_length",
+        save_strategy="no", logging_strategy="no", seed=seed, report_to="none", disable_tqdm=True, use_cpu=True,
+        bf16=settings["bf16"], dataloader_pin_memory=False,
     )  # fmt: skip
-    callbacks = [BudgetCallback()] if model.config.static_heads is None else None
+    callbacks = [BudgetCallback(rank=rank)] if model.config.static_heads is None else None
     trainer = kind(
         model,
         arguments,
@@ -204,14 +228,14 @@ def run_method(
     name: str, dense: Any, pretrained: Any, rows: Dataset, settings: dict[str, Any], seed: int
 ) -> tuple[Any, float]:
     """Trains a method; the model, and the seconds that took."""
-    spec, stage, size = METHODS[name], dict(settings["budget_stage"]), settings["batch_size"]
+    spec, stage = METHODS[name], dict(settings["budget_stage"])
     if spec.get("cut") == "iterative":  # half of the steps on the way, in two cuts
         halfway = {**stage, "epochs": stage["epochs"] / 2}
-        model, first = train(cut_model(dense, spec, spec["share"] ** 0.5, rows, seed), rows, halfway, size, seed)
-        model, second = train(cut_model(model, spec, spec["share"], rows, seed), rows, halfway, size, seed + 1)
+        model, first = train(cut_model(dense, spec, spec["share"] ** 0.5, rows, seed), rows, halfway, settings, seed)
+        model, second = train(cut_model(model, spec, spec["share"], rows, seed), rows, halfway, settings, seed + 1)
         return model, first + second
     if "share" in spec:
-        return train(cut_model(dense, spec, spec["share"], rows, seed), rows, stage, size, seed)
+        return train(cut_model(dense, spec, spec["share"], rows, seed), rows, stage, settings, seed)
     start, kind = dense, SelfTeacher if spec.get("teacher") == "self" else Trainer
     if spec.get("start") == "pretrained":  # as many steps as the two stages together
         start = pretrained
@@ -224,16 +248,11 @@ def run_method(
     set_seed(seed)
     model = BudgetFormerForSequenceClassification(type(start.config)(**{**fields, **spec.get("config", {})}))
     model.load_state_dict(start.state_dict(), strict=False)
-    if spec.get("ranked"):  # scores begin with the order of importance, as many standard deviations apart
-        importance = head_importance(start, importance_batches(rows)).clamp(min=1e-6).log()
-        scores = spec["ranked"] * (importance - importance.mean(-1, keepdim=True)) / importance.std(-1, keepdim=True)
-        for layer, row in zip(model.base_model.encoder.layer, scores, strict=True):
-            layer.router.scorer.bias.data.copy_(row / multiplier)
     if spec.get("fixed_heads"):
         for layer in model.base_model.encoder.layer:
             torch.nn.init.zeros_(layer.router.scorer.weight)
             layer.router.scorer.weight.requires_grad_(False)
-    return train(model, rows, stage, size, seed, kind)
+    return train(model, rows, stage, settings, seed, kind, spec.get("rank", True))
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -265,7 +284,7 @@ def run_chain(
             "source": source,
             "files": [from_train, from_test],
         }
-        about |= {"settings": {key: settings[key] for key in ("batch_size", "dense", "budget_stage")}}
+        about |= {"settings": {key: settings[key] for key in ("batch_size", "bf16", "dense", "budget_stage")}}
         about |= {"environment": machine, "train_seconds": round(seconds), "rows": [len(rows), len(test)]}
         path.write_text(json.dumps({**about, **figures}) + "\n")
         print(f"{path}: {seconds:.0f} s", flush=True)
@@ -276,7 +295,7 @@ def run_chain(
     if not (place / "config.json").exists():
         every = list(range(pretrained.config.num_attention_heads))
         start = prune(pretrained, [every] * pretrained.config.num_hidden_layers)
-        dense, seconds = train(start, rows, settings["dense"], settings["batch_size"], seed)
+        dense, seconds = train(start, rows, settings["dense"], settings, seed)
         dense.save_pretrained(place)
         logits, _ = answers(dense, test)
         figures, _, _ = judge(dense, test, None, logits)
@@ -301,9 +320,10 @@ def run_chain(
                 "cost": float(spearmanr(spent[0.25], costs[low]).statistic),
                 "cost_at": low,
             }
+        if not static:
+            model.save_pretrained(models / place_of(name).stem)
+            found["weights"] = weights_digest(model)
         write(name, seconds, found)
-        if name == "ours":
-            model.save_pretrained(models / f"{source['name']}-{seed}-ours")
 
 
 def main(arguments: list[str] | None = None) -> None:

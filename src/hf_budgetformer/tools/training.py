@@ -1,11 +1,14 @@
 """Company for the plain Trainer: optional, training is right without it."""
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     AutoModelForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -14,11 +17,17 @@ from transformers import (
     TrainingArguments,
 )
 
+from .baselines import head_importance
 from .data import batches_by_length, weights_digest
 
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
+
+# Standard deviations of log importance become this many units of a head's score; noise on scores begins at half a unit.
+_RANK_SCALE = 3.0
+# Rows, evenly spaced, that importance is estimated from.
+_RANK_ROWS = 256
 
 
 def _find_encoder(model: nn.Module) -> Any:
@@ -29,8 +38,53 @@ def _find_encoder(model: nn.Module) -> Any:
     raise TypeError(f"BudgetCallback needs a BudgetFormer model with routers, got {type(model).__name__}.")
 
 
+def _find_classifier(model: nn.Module, encoder: Any) -> Any:
+    owners = (x for x in model.modules() if isinstance(x, PreTrainedModel) and x is not encoder)
+    return next(x for x in owners if x.base_model is encoder)
+
+
+def _some_batches(loader: Any, size: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Evenly spaced rows of a loader's data set, collated; nothing is iterated, so training draws what it would."""
+    dataset: Any = getattr(loader, "dataset", None)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return []
+    rows = torch.linspace(0, len(dataset) - 1, min(_RANK_ROWS, len(dataset))).long().tolist()
+    chunks = (loader.collate_fn([dataset[row] for row in rows[at : at + size]]) for at in range(0, len(rows), size))
+    return [{name: x.to(device) for name, x in chunk.items()} for chunk in chunks]
+
+
+def rank_heads(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    """Lets a model that has not been trained yet begin with its most important heads, rather than with any.
+
+    Every scorer's bias becomes the logarithm of the heads' importance, standardised within the layer. Training then
+    changes the order, for each input. `BudgetCallback` calls it; a loop of your own may, before its first step.
+
+    Args:
+        model: A BudgetFormer classifier with routers, on a fine-tuned backbone.
+        batches: What `forward` takes, with labels: a few hundred rows are enough.
+
+    Raises:
+        ValueError: The model is no BudgetFormer or has no routers, or a batch has no labels.
+    """
+    importance = head_importance(model, batches).clamp(min=1e-6).log()
+    if model.config.static_heads is not None:
+        raise ValueError("model must have routers, the heads of this one are static.")
+    spread = importance.std(-1, correction=0, keepdim=True).clamp(min=1e-6)
+    scores = _RANK_SCALE * (importance - importance.mean(-1, keepdim=True)) / spread
+    for layer, row in zip(model.base_model.encoder.layer, scores, strict=True):
+        scorer = layer.router.scorer
+        value = (row / scorer.multiplier).to(scorer.bias.dtype)
+        if isinstance(scorer.bias, DTensor):  # FSDP2
+            value = distribute_tensor(value, scorer.bias.device_mesh, scorer.bias.placements)
+        with torch.no_grad():
+            scorer.bias.copy_(value)
+
+
 class BudgetCallback(TrainerCallback):
-    """Anneals over the whole training, and logs the parts of the loss.
+    """Ranks heads before the first step, anneals over the whole training, and logs the parts of the loss.
+
+    Training starts from the importance of each head for the labels of up to 256 training rows, see `rank_heads`; a
+    model that was trained before or is resumed stays as it is, as where batches have no `labels` or rows no number.
 
     Without it the model anneals by counting its own forward passes up to `config.exploration_steps`. With it, progress
     is the Trainer's global step over its last step, exact under gradient accumulation too; `config.exploration_steps`
@@ -46,7 +100,13 @@ class BudgetCallback(TrainerCallback):
 
     Reporting integrations (TensorBoard and others named in `report_to`) run before callbacks given this way; to reach
     them too, call `BudgetCallback().attach(trainer)` instead.
+
+    Args:
+        rank: Whether heads are ranked. Not where the encoder has yet to learn what its heads are for.
     """
+
+    def __init__(self, rank: bool = True) -> None:
+        self.rank = rank
 
     def attach(self, trainer: Trainer) -> "BudgetCallback":
         """Adds this callback to `trainer`, before those that report logs elsewhere; returns it."""
@@ -56,8 +116,13 @@ class BudgetCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lets exploration last as long as the training."""
-        _find_encoder(kwargs["model"]).config.exploration_steps = state.max_steps
+        """Lets exploration last as long as the training, and ranks the heads of a model that begins."""
+        encoder = _find_encoder(kwargs["model"])
+        encoder.config.exploration_steps = state.max_steps
+        if self.rank and state.global_step == 0 and encoder.exploration.steps == 0:
+            batches = _some_batches(kwargs.get("train_dataloader"), args.per_device_train_batch_size, encoder.device)
+            if batches and all(batch.get("labels") is not None for batch in batches):
+                rank_heads(_find_classifier(kwargs["model"], encoder), batches)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,4 +213,4 @@ def add_teacher_logits(
         model.train(was_training)
 
 
-__all__ = ["BudgetCallback", "add_teacher_logits"]
+__all__ = ["BudgetCallback", "add_teacher_logits", "rank_heads"]
