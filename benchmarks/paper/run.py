@@ -136,7 +136,8 @@ def train(model: Any, rows: list[dict[str, Any]], settings: dict[str, Any]) -> d
             dataloader_pin_memory=False,
         )  # fmt: skip
         collator = DataCollatorWithPadding(load_tokenizer())
-        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[BudgetCallback()])
+        callback = BudgetCallback(rank=False)  # from scratch no head matters more than another yet
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[callback])
         trainer.remove_callback(PrinterCallback)
         found = trainer.train()
     return {"steps": found.global_step, "seconds": found.metrics["train_runtime"], "loss": found.training_loss}
