@@ -74,7 +74,7 @@ class BudgetFormerConfig(PreTrainedConfig):
             collapses at budgets it was not trained at. Default 0.75.
         budget_loss_weight: Weight >= 0 of the budget terms of the loss. Default 5.
         need_scale: How far budgets follow the input, >= 0: logits that an input gets for each standard deviation its
-            predicted cost of a low budget lies above the mean. 0 gives all inputs about the same. Default 2.
+            predicted cost of a low budget lies above the mean. 0 gives all inputs about the same. Default 1.
         distillation_weight: Share in [0, 1] of the training loss that is the divergence from `teacher_logits`, where
             these are given; the rest is the task's. Default 1.
         gate_type: "hard" (gates are 0 or 1 in training and inference, gradients pass straight through) or "soft"
@@ -132,7 +132,7 @@ class BudgetFormerConfig(PreTrainedConfig):
     target_head_budget: float | int | None = _share(0.5)
     budget_sampling: float | int = _fraction(0.75)
     budget_loss_weight: float | int = _not_negative(5.0)
-    need_scale: float | int = _not_negative(2.0)
+    need_scale: float | int = _not_negative(1.0)
     distillation_weight: float | int = _fraction(1.0)
     gate_type: str = _checked("'hard' or 'soft'", lambda v: v in ("hard", "soft"), "hard")
     router_hidden_size: int = _count(64)
