@@ -27,10 +27,8 @@ from typing import Any
 import torch
 from inputs import keep_quiet, read_texts
 from measure import ROOT, Agreement, environment, interleave, ratio, read_filled, spread
-from transformers import AutoTokenizer
 
-from hf_budgetformer import BudgetFormerForSequenceClassification
-from hf_budgetformer.backbones import max_input_length
+from hf_budgetformer.tools.data import load_classifier
 
 
 SETTINGS: dict[str, Any] = {
@@ -154,10 +152,8 @@ def load(port: int, questions: list[dict[str, Any]], clients: int, seconds: floa
 @torch.no_grad()
 def check_answers(agreement: Agreement, checkpoint: str, port: int, texts: list[str]) -> None:
     """Asks for all heads, for the own budget and for a quarter, all at once, and compares with the model."""
-    model: Any = BudgetFormerForSequenceClassification.from_pretrained(checkpoint).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    longest = min(tokenizer.model_max_length, max_input_length(model.config))
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    model, tokenizer = load_classifier(checkpoint, budgeted=True)
+    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     budgets = [1.0, None, 0.25]
     questions = [{"text": text, "head_budget": budget} for budget in budgets for text in texts]
     with ThreadPoolExecutor(len(questions)) as pool:

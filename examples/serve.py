@@ -21,9 +21,8 @@ from typing import Annotated, Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_budgetformer import BudgetFormerForSequenceClassification
-from hf_budgetformer.backbones import max_input_length
 from hf_budgetformer.routing import least_budget
+from hf_budgetformer.tools.data import load_classifier
 
 
 try:
@@ -86,10 +85,10 @@ class Classifier(LitAPI):
     @torch.no_grad()
     def setup(self, device: str) -> None:
         """Loads model and tokenizer, in the process that will use them."""
-        self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
-        self.model = BudgetFormerForSequenceClassification.from_pretrained(self.checkpoint).eval().to(device)
+        self.model, self.tokenizer = load_classifier(self.checkpoint, budgeted=True)
+        self.model.to(device)
         config, encoder = self.model.config, self.model.base_model
-        self.longest, least = min(self.tokenizer.model_max_length, max_input_length(config)), least_budget(config)
+        least = least_budget(config)
         self.own_budget = config.head_budget or least + (1 - least) * encoder.own_budget().sigmoid().item()
 
     def notice(self, waiting: int, now: float) -> None:
@@ -100,7 +99,7 @@ class Classifier(LitAPI):
 
     def decode_request(self, request: Question, **kwargs: Any) -> tuple[Any, float | None]:
         """Token ids, and the budget asked for."""
-        tokens = self.tokenizer(request.text, request.text_pair, truncation=True, max_length=self.longest)
+        tokens = self.tokenizer(request.text, request.text_pair, truncation=True)
         return tokens, request.head_budget
 
     def batch(self, inputs: list[tuple[Any, float | None]]) -> Any:

@@ -280,7 +280,7 @@ class BudgetFormerLayer(BertLayer):
     ) -> Routing:
         if self.router is None or budget_logit is None:
             kept = range(self.heads) if self.static_heads is None else self.static_heads
-            gates = carry.new_zeros(len(carry), self.heads)
+            gates = carry.new_zeros(carry.shape[0], self.heads)
             gates[:, kept] = 1.0
             return Routing(gates, gates.mean(-1), gates, carry, carry)
         if isinstance(layout, Packing):

@@ -176,10 +176,7 @@ def export_onnx(model: nn.Module, path: str | Path, head_budget: float | None = 
 
 def _trace(traced: _Traced, example: tuple[torch.Tensor, ...]) -> Any:
     axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
-    # Without dynamo len() of a tensor is a constant, which a static layer takes of one; with it f-strings of sizes are,
-    # which a request makes.
-    strict = traced.model.config.static_heads is not None
-    program = torch.export.export(traced, example, dynamic_shapes=((axes,) * len(example),), strict=strict)
+    program = torch.export.export(traced, example, dynamic_shapes=((axes,) * len(example),))
     return torch.onnx.export(
         program,
         dynamo=True,

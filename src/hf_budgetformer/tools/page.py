@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from ..backbones import max_input_length
 from .data import batches_by_length, check_single_label, load_classifier, read_rows
 from .evaluation import Evaluation
 from .plots import plot_accuracy
@@ -109,10 +108,6 @@ def _time_in_turn(model: Any, batch: Any, head_budget: float | None, repeats: in
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _longest(model: Any, tokenizer: Any) -> int:
-    return min(tokenizer.model_max_length, max_input_length(model.config))
-
-
 def _figures(*figures: tuple[str, float, str]) -> str:
     parts = (f"<div><dt>{name}</dt><dd>{share:.0%}</dd><dd>{detail}</dd></div>" for name, share, detail in figures)
     return f'<dl class="bf-figures">{"".join(parts)}</dl>'
@@ -153,7 +148,7 @@ def show_text(model: Any, tokenizer: Any, text: str, head_budget: float | None) 
     """
     if not text.strip() or len(text) > MOST_CHARACTERS:
         raise ValueError(f"A text must have 1 to {MOST_CHARACTERS:,} characters, got {len(text.strip()):,}.")
-    longest = _longest(model, tokenizer)
+    longest = tokenizer.model_max_length
     batch = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
     out, full = model(**batch, head_budget=head_budget, output_head_gates=True), model(**batch, head_budget=1.0)
     (label, *others), (same, *_) = (
@@ -203,7 +198,7 @@ def show_texts(
     count = len(texts["text"])
     rows: list[list[str]] = [list(row) for row in zip(*texts.values(), strict=True)]
     own, everything, heads, same, done = 0.0, 0.0, 0.0, 0, 0
-    for places, batch in batches_by_length(texts, tokenizer, _BATCH, _longest(model, tokenizer)):
+    for places, batch in batches_by_length(texts, tokenizer, _BATCH):
         # What is asked here also warms up for what is timed.
         out, full = model(**batch, head_budget=head_budget), model(**batch, head_budget=1.0)
         times = _time_in_turn(model, batch, head_budget, repeats=2)

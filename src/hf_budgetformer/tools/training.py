@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import IterableDataset
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -46,11 +47,11 @@ def _find_classifier(model: nn.Module, encoder: Any) -> Any:
 def _some_batches(loader: Any, size: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
     """Evenly spaced rows of a loader's data set, collated; nothing is iterated, so training draws what it would."""
     dataset: Any = getattr(loader, "dataset", None)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return []
     rows = torch.linspace(0, len(dataset) - 1, min(_RANK_ROWS, len(dataset))).long().tolist()
     chunks = (loader.collate_fn([dataset[row] for row in rows[at : at + size]]) for at in range(0, len(rows), size))
-    return [{name: x.to(device) for name, x in chunk.items()} for chunk in chunks]
+    return [{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in chunk.items()} for chunk in chunks]
 
 
 def rank_heads(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
