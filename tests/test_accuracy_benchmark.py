@@ -28,8 +28,8 @@ TINY = {
     "data": [{"name": "tiny", "max_length": 12, "train": 24, "test": 10}],
     "seeds": [0],
     "methods": [
-        "ours", "equal budgets", "fixed heads", "heads not ranked", "own teacher", "without teacher", "one stage", "static 0.25",
-        "iterative 0.5", "per layer 0.5", "random 0.5", "layers 0.5",
+        "ours", "equal budgets", "fixed heads", "heads not ranked", "own teacher", "without teacher", "one stage",
+        "static 0.25", "iterative 0.5", "per layer 0.5", "random 0.5", "layers 0.5",
     ],
     "budgets": [1.0, 0.5, 0.25, 0.125],
     "dense": {"epochs": 1.0},

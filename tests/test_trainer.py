@@ -12,7 +12,7 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from conftest import batch_of, budgetformer, stock_classifier
-from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification
+from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, BudgetFormerModel
 from hf_budgetformer.tools.baselines import head_importance, prune
 from hf_budgetformer.tools.training import rank_heads
 
@@ -253,7 +253,27 @@ def test_what_is_trained_already_unlabelled_or_a_stream_is_not_ranked(tokenizer,
     assert not ranked(tokenized, steps=3)
     assert not ranked(tokenized.to_iterable_dataset())
     teacher = tokenized.remove_columns("label").add_column("teacher_logits", [[0.0, 1.0, 2.0]] * len(tokenized))
-    assert not ranked(teacher, loss=lambda outputs, labels, **_: outputs["logits"].sum() * 0)
+    outside = lambda outputs, labels, **_: outputs["logits"].sum() * 0  # noqa: E731
+    assert not ranked(teacher, loss=outside)
+    soft = tokenized.remove_columns("label").add_column("labels", [[0.2, 0.3, 0.5]] * len(tokenized))
+    assert not ranked(soft, loss=outside)
+
+
+def test_an_encoder_without_a_classifier_trains_with_the_callback(tokenized, tokenizer, tmp_path):
+    class Scorer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = BudgetFormerModel(budgetformer("bert").config)
+            self.score = torch.nn.Linear(self.encoder.config.hidden_size, 3)
+
+        def forward(self, input_ids, attention_mask, labels):
+            logits = self.score(self.encoder(input_ids, attention_mask=attention_mask).pooler_output)
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    rows = tokenized.rename_column("label", "labels")
+    trainer = trainer_for(Scorer(), tmp_path, tokenizer, rows, callbacks=[BudgetCallback()], max_steps=2)
+    trainer.train()
+    assert len(logged(trainer, "budget")) == 2
 
 
 def test_static_heads_cannot_be_ranked():

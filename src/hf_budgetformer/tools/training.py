@@ -41,7 +41,14 @@ def _find_encoder(model: nn.Module) -> Any:
 
 def _find_classifier(model: nn.Module, encoder: Any) -> Any:
     owners = (x for x in model.modules() if isinstance(x, PreTrainedModel) and x is not encoder)
-    return next(x for x in owners if x.base_model is encoder)
+    return next((x for x in owners if x.base_model is encoder), None)
+
+
+def _has_labels(batch: Mapping[str, torch.Tensor], config: Any) -> bool:
+    """Whether the model's own loss is meant; numbers for several labels may be for a loss computed outside."""
+    labels = batch.get("labels")
+    clear = config.problem_type is not None or config.num_labels == 1
+    return labels is not None and (clear or not labels.is_floating_point())
 
 
 def _some_batches(loader: Any, size: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -85,7 +92,8 @@ class BudgetCallback(TrainerCallback):
     """Ranks heads before the first step, anneals over the whole training, and logs the parts of the loss.
 
     Training starts from the importance of each head for the labels of up to 256 training rows, see `rank_heads`; a
-    model that was trained before or is resumed stays as it is, as where batches have no `labels` or rows no number.
+    model that was trained before or is resumed stays as it is, as where batches have no `labels` that the model's own
+    loss takes, or the data are a stream.
 
     Without it the model anneals by counting its own forward passes up to `config.exploration_steps`. With it, progress
     is the Trainer's global step over its last step, exact under gradient accumulation too; `config.exploration_steps`
@@ -120,10 +128,11 @@ class BudgetCallback(TrainerCallback):
         """Lets exploration last as long as the training, and ranks the heads of a model that begins."""
         encoder = _find_encoder(kwargs["model"])
         encoder.config.exploration_steps = state.max_steps
-        if self.rank and state.global_step == 0 and encoder.exploration.steps == 0:
-            batches = _some_batches(kwargs.get("train_dataloader"), args.per_device_train_batch_size, encoder.device)
-            if batches and all(batch.get("labels") is not None for batch in batches):
-                rank_heads(_find_classifier(kwargs["model"], encoder), batches)
+        model = _find_classifier(kwargs["model"], encoder)
+        if self.rank and model is not None and state.global_step == 0 and encoder.exploration.steps == 0:
+            batches = _some_batches(kwargs.get("train_dataloader"), args.per_device_train_batch_size, model.device)
+            if batches and all(_has_labels(batch, model.config) for batch in batches):
+                rank_heads(model, batches)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
