@@ -132,7 +132,8 @@ def test_two_processes_have_the_losses_of_one(config, kind, folder, tmp_path):
     assert (one.pop(steps), two.pop(steps)) == (12, 6)
     assert one.keys() == two.keys()
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, msg=name, rtol=1e-3, atol=1e-5)
+        if not name.endswith("key.bias"):  # softmax cancels it: its gradient is rounding, which Adam makes a step of
+            torch.testing.assert_close(two[name], value, msg=name, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
