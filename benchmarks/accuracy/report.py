@@ -154,8 +154,8 @@ def other_figures(runs: dict[tuple[str, int, str], Run]) -> str:
         ],
     ]
     for name, text in (("entropy", "the dense model's entropy"), ("cost", "its cost at the lowest budget")):
-        cells = [
-            f"{method} {np.mean(np.nan_to_num([run['spearman'][name] for run in found])):.2f}"  # all alike: follow nothing
+        cells = [  # where all inputs get alike there is no correlation
+            f"{method} {np.mean(np.nan_to_num([run['spearman'][name] for run in found])):.2f}"
             for method, found in by_method.items()
             if found
         ]
