@@ -195,7 +195,7 @@ def test_missing_files_are_named(tmp_path):
 
 def test_every_experiment_has_valid_settings_and_every_target_a_source():
     paths = [*BENCHMARKS.glob("experiments/*.json"), *BENCHMARKS.glob("experiments/quick/*.json")]
-    assert len(paths) == 11
+    assert len(paths) == 12
     assert all(run.read_settings(path)["repeats"] >= 7 for path in paths)
     stems = {path.stem for path in paths}
     assert {target["result"] for target in json.loads((BENCHMARKS / "targets.json").read_text())} <= stems
