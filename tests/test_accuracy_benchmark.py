@@ -126,6 +126,13 @@ def test_the_interval_of_a_difference_is_that_of_paired_rows():
     assert high == pytest.approx(9.8, abs=1.0)
 
 
+def test_the_number_type_of_each_run_is_said():
+    half, whole = ({"data": "a", "seed": seed, "settings": {"bf16": bf16}} for seed, bf16 in ((0, True), (1, False)))
+    assert report.precision([whole, {"data": "b", "seed": 0, "settings": {}}]) == ""
+    assert report.precision([half]) == ", bf16 autocast"
+    assert report.precision([half, whole]) == ", bf16 autocast but for a with seed 1"
+
+
 def test_settings_that_do_not_exist_are_named(tmp_path):
     for wrong, named in (
         ({"seed": 1}, r"unknown settings \['seed'\]"),

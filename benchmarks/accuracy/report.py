@@ -251,6 +251,14 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
     )
 
 
+def precision(runs: list[Run]) -> str:
+    """What is to be said of the runs' number type: nothing where all trained in float32."""
+    full = sorted({f"{run['data']} with seed {run['seed']}" for run in runs if not run["settings"].get("bf16")})
+    if len({run["settings"].get("bf16", False) for run in runs}) == 1:
+        return "" if full else ", bf16 autocast"
+    return f", bf16 autocast but for {', '.join(full)}"
+
+
 def section(folder: Path, output: Path, timed: list[dict[str, Any]]) -> str:
     """Markdown of all experiments under `folder`; writes their plots into `output`; `timed` are model benchmarks."""
     parts = []
@@ -275,7 +283,7 @@ def section(folder: Path, output: Path, timed: list[dict[str, Any]]) -> str:
             f"{comparisons(runs)}\n{other_figures(runs)}" if compared else "",
             f"Dense: {first['settings']['dense']}; from there every method: {first['settings']['budget_stage']}; "
             f"batches of {first['settings']['batch_size']}"
-            f"{', bf16 autocast' if first['settings'].get('bf16') else ''}. ± is the standard deviation over seeds. "
+            f"{precision(list(runs.values()))}. ± is the standard deviation over seeds. "
             f"Commits: {', '.join(commits)}.",
             *against_time,
         ]  # fmt: skip
