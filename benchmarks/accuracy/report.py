@@ -236,7 +236,8 @@ def time_section(runs: dict[tuple[str, int, str], Run], timed: dict[str, Any], p
         axis.plot(x, y, color=color, marker=marker, linestyle="none" if kind == "dense" else "-", label=label)
         for left, low, note in zip(x, y, notes, strict=True):
             axis.annotate(note, (left, low), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axis.set(xlabel="times faster than the stock model", ylabel="accuracy", title=timed["settings"]["title"])
+    axis.set(xlabel="times faster than the stock model", ylabel="accuracy")
+    axis.set_title(timed["settings"]["title"], fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     save_figure(figure, path)
