@@ -39,6 +39,12 @@ def test_the_table_of_accuracies_is_what_was_measured():
     assert comparisons(read_runs(ROOT / "benchmarks" / "accuracy" / "results" / "main")) in README
 
 
+def test_the_speed_of_a_trained_checkpoint_is_what_was_measured():
+    report = (ROOT / "benchmarks" / "README.md").read_text()
+    [fastest] = re.findall(r"_ag_news_learned_time\.png.*?within half a point of [^:]*: (\S+) at 0\.25\.", report, re.S)
+    assert f"one checkpoint for AG News is {fastest} as fast as the stock model at a\nquarter of the heads" in README
+
+
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))
 def test_links_lead_somewhere(target):
     assert (ROOT / target).exists()
