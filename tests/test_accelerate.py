@@ -132,8 +132,9 @@ def test_two_processes_have_the_losses_of_one(config, kind, folder, tmp_path):
     assert (one.pop(steps), two.pop(steps)) == (12, 6)
     assert one.keys() == two.keys()
     for name, value in one.items():
-        if not name.endswith("key.bias"):  # softmax cancels it: its gradient is rounding, which Adam makes a step of
-            torch.testing.assert_close(two[name], value, msg=name, rtol=1e-3, atol=1e-5)
+        # Softmax cancels a key's bias: its gradient is rounding, of which Adam makes steps of up to the learning rate.
+        atol = 2 * 6 * 1e-4 if name.endswith("key.bias") else 1e-5
+        torch.testing.assert_close(two[name], value, msg=name, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.slow
