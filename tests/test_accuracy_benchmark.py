@@ -96,6 +96,20 @@ def test_tables_and_a_plot_are_made_of_the_results(folder, tmp_path):
     assert (tmp_path / "accuracy_tiny.png").stat().st_size > 1000
 
 
+def test_targets_are_set_beside_what_was_measured():
+    def run_of(method, *figures):
+        evaluations = [{"asked": asked, "correct": bits, "agrees": bits} for asked, bits in figures]
+        return {"method": method, "evaluations": evaluations, "spearman": {"entropy": 0.7, "cost": 0.1}}
+
+    ours, better = "1111100000", "1111110000"
+    runs = {("a", 0, x["method"]): x for x in (
+        run_of("ours", (0.5, ours), (0.25, better)), run_of("static 0.5", (None, better)),
+        run_of("static 0.25", (None, ours)))}  # fmt: skip
+    rows = [row.split(" | ")[1:] for row in report.targets(runs).splitlines()[2:]]
+    assert [row[0].split(" [")[0] for row in rows] == ["-10.0", "+10.0", "0.70", "0.10"]
+    assert [row[-1] for row in rows] == ["no |", "yes |", "yes |", "no |"]
+
+
 def test_time_is_set_against_the_accuracy_of_the_checkpoint_that_was_timed(folder, tmp_path):
     weights = report.read_runs(folder / "results" / "tiny")["tiny", 0, "ours"]["weights"]
     model = BudgetFormerForSequenceClassification.from_pretrained(folder / "models" / "tiny-0-ours")

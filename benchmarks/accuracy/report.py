@@ -1,6 +1,7 @@
 """Tables and plots of the accuracy experiments, made from their results and from nothing else."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ from hf_budgetformer.tools.plots import COLORS, new_figure, save_figure
 
 RESAMPLES = 2000
 SHARES = (0.5, 0.25, 0.125)
+# What was aimed for, in points, by budget: the figure, the other method, whether its answers are to be correct or to
+# agree with the dense model.
+AIMS: list[tuple[str, str, str, dict[float, float]]] = [
+    ("accuracy against static pruning", "static", "correct", {0.5: 0.0, 0.25: 0.3, 0.125: 1.0}),
+    ("accuracy against dense", "dense", "correct", {1.0: -0.3, 0.5: -0.3, 0.25: -1.0}),
+    ("agreement with dense, against equal budgets", "equal budgets", "agrees", {0.25: 1.0, 0.125: 1.5}),
+]
+CORRELATED = {"entropy": "the dense model's entropy", "cost": "its cost at the lowest budget"}
 Run = dict[str, Any]
 LOOKS = {
     "ours": (COLORS["ours"], "o", "ours, one checkpoint"),
@@ -93,20 +102,28 @@ def has(run: Run, budget: float | None) -> bool:
     return any(x["asked"] == budget for x in run["evaluations"])
 
 
+def compare(
+    runs: dict[tuple[str, int, str], Run], ours: str, share: float, other: str, other_budget: float | None, what: str
+) -> tuple[float, float, float, int] | None:
+    """How much better a method is at a budget than another, over the data sets and seeds that have both.
+
+    Returns:
+        Mean difference in points and its 95% interval, see `difference`, and the number of runs; None without any.
+    """
+    pairs = [
+        (evaluation(runs[(*cell, ours)], share)[what], evaluation(runs[(*cell, other)], other_budget)[what])
+        for cell in sorted({(data, seed) for data, seed, _ in runs})
+        if (*cell, ours) in runs and (*cell, other) in runs
+    ]
+    return (*difference(pairs), len(pairs)) if pairs else None
+
+
 def comparisons(runs: dict[tuple[str, int, str], Run]) -> str:
     """Ours against the others, run by run, with intervals."""
-    cells = sorted({(data, seed) for data, seed, _ in runs})
 
     def against(share: float, other: str, other_budget: float | None, what: str = "correct", ours: str = "ours") -> str:
-        pairs = [
-            (evaluation(runs[(*cell, ours)], share)[what], evaluation(runs[(*cell, other)], other_budget)[what])
-            for cell in cells
-            if (*cell, ours) in runs and (*cell, other) in runs
-        ]
-        if not pairs:
-            return "-"
-        mean, low, high = difference(pairs)
-        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] ({len(pairs)})"
+        found = compare(runs, ours, share, other, other_budget, what)
+        return "{:+.1f} [{:+.1f}, {:+.1f}] ({})".format(*found) if found else "-"
 
     rows = []
     for share in (1.0, *SHARES):
@@ -131,6 +148,23 @@ def comparisons(runs: dict[tuple[str, int, str], Run]) -> str:
     return table([head[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
+def targets(runs: dict[tuple[str, int, str], Run]) -> str:
+    """What was aimed for beside what was measured, means over runs."""
+    rows = []
+    for text, other, what, aims in AIMS:
+        for (share, aim), ours in product(aims.items(), ("ours", "three times the steps")):
+            name, asked = {"dense": (other, None), "static": (f"static {share}", None)}.get(other, (other, share))
+            if found := compare(runs, ours, share, name, asked, what):
+                measured = "{:+.1f} [{:+.1f}, {:+.1f}] ({})".format(*found)
+                met = "yes" if round(found[0], 1) >= aim else "no"
+                rows.append([f"{ours}: points of {text}, at {share:.3g}", measured, f">= {aim:+.1f}", met])
+    for name, aim in (("entropy", 0.6), ("cost", 0.4)):
+        value = np.mean([run["spearman"][name] for run in runs.values() if run["method"] == "ours"])
+        figure = f"ours: Spearman of an input's heads at 0.25 with {CORRELATED[name]}"
+        rows.append([figure, f"{value:.2f}", f">= {aim}", "yes" if round(value, 2) >= aim else "no"])
+    return table(["figure", "measured", "target", "met"], rows)
+
+
 def other_figures(runs: dict[tuple[str, int, str], Run]) -> str:
     """What was asked for and spent, the largest fall between neighbours, and whether budgets follow the input."""
     by_method = {name: [run for run in runs.values() if run["method"] == name] for name in ("ours", "equal budgets")}
@@ -153,7 +187,7 @@ def other_figures(runs: dict[tuple[str, int, str], Run]) -> str:
             f"{np.mean([x['heads'] for x in own]):.3f}, {np.mean([x['heads_std'] for x in own]):.3f}",
         ],
     ]
-    for name, text in (("entropy", "the dense model's entropy"), ("cost", "its cost at the lowest budget")):
+    for name, text in CORRELATED.items():
         cells = [  # where all inputs get alike there is no correlation
             f"{method} {np.mean(np.nan_to_num([run['spearman'][name] for run in found])):.2f}"
             for method, found in by_method.items()
@@ -186,7 +220,8 @@ def plot(runs: dict[tuple[str, int, str], Run], path: Path, title: str) -> None:
                 x, y, spread = zip(*points, strict=True)
                 axis.errorbar(x, y, spread, color=color, marker=marker, linestyle=line, capsize=2, label=label)
         seeds, rows = len({run["seed"] for run in mine}), mine[0]["rows"]
-        axis.set_title(f"{name}\n{rows[0]} training and {rows[1]} test rows, {seeds} seeds", fontsize=8)
+        text = f"{rows[0]} training and {rows[1]} test rows, {seeds} seed" + "s" * (seeds > 1)
+        axis.set_title(f"{name}\n{text}", fontsize=8)
         axis.set_xlabel("mean share of heads used")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
@@ -281,7 +316,7 @@ def section(folder: Path, output: Path, timed: list[dict[str, Any]]) -> str:
             f"![accuracy against heads]({picture.name})",
             accuracy_table(runs),
             "Ours against others: points of accuracy unless said, 95% interval by paired bootstrap, runs compared:\n\n"
-            f"{comparisons(runs)}\n{other_figures(runs)}" if compared else "",
+            f"{comparisons(runs)}\n{other_figures(runs)}\n{targets(runs)}" if compared else "",
             f"Dense: {first['settings']['dense']}; from there every method: {first['settings']['budget_stage']}; "
             f"batches of {first['settings']['batch_size']}"
             f"{precision(list(runs.values()))}. ± is the standard deviation over seeds. "

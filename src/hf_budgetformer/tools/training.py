@@ -74,9 +74,9 @@ def rank_heads(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> Non
     Raises:
         ValueError: The model is no BudgetFormer or has no routers, or a batch has no labels.
     """
-    importance = head_importance(model, batches).clamp(min=1e-6).log()
-    if model.config.static_heads is not None:
+    if getattr(model.config, "static_heads", None) is not None:  # before the work; other models are refused by it
         raise ValueError("model must have routers, the heads of this one are static.")
+    importance = head_importance(model, batches).clamp(min=1e-6).log()
     spread = importance.std(-1, correction=0, keepdim=True).clamp(min=1e-6)
     scores = _RANK_SCALE * (importance - importance.mean(-1, keepdim=True)) / spread
     for layer, row in zip(model.base_model.encoder.layer, scores, strict=True):
