@@ -79,6 +79,9 @@ def test_every_method_leaves_its_figures(folder):
     assert all(len(x["correct"]) == len(x["agrees"]) == 10 for run_ in runs.values() for x in run_["evaluations"])
     assert report.evaluation(runs["tiny", 0, "static 0.25"], None)["heads"] == 0.25
     assert report.evaluation(runs["tiny", 0, "dense"], None)["agreement"] == 1.0
+    shallow = report.evaluation(runs["tiny", 0, "layers 0.5"], None)  # of heads and FLOPs of the whole model
+    assert shallow["heads"] == pytest.approx(2 / 3)
+    assert shallow["flops_ratio"] == pytest.approx(2 / 3, abs=0.05)
 
 
 def test_what_is_there_is_not_made_again(folder):

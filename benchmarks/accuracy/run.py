@@ -175,10 +175,15 @@ def answers(model: Any, rows: Dataset, head_budget: float | None = None) -> tupl
 
 
 def judge(
-    model: Any, test: Dataset, budget: float | None, dense: torch.Tensor
+    model: Any, test: Dataset, budget: float | None, dense: torch.Tensor, layers: int
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """Figures of a model at one budget; what it costs each input and how many heads it used, (N,) both."""
+    """Figures of a model at one budget; what it costs each input and how many heads it used, (N,) both.
+
+    Heads and FLOPs are shares of those of a model of `layers` layers.
+    """
     logits, heads = answers(model, test, budget)
+    depth = model.config.num_hidden_layers / layers
+    heads = depth * heads
     labels, predicted = torch.tensor(test["labels"]), logits.argmax(-1)
     cost = teacher_divergence(logits, dense, "")
     [batch] = make_batches(test["input_ids"][:64], 64, False)
@@ -193,7 +198,7 @@ def judge(
             "divergence": cost.mean().item(),
             "heads": heads.mean().item(),
             "heads_std": heads.std().item(),
-            "flops_ratio": sum(flops.sparse.values()) / (sum(flops.backbone.values()) * flops.token_share),
+            "flops_ratio": depth * sum(flops.sparse.values()) / (sum(flops.backbone.values()) * flops.token_share),
             **bits,
         },
         cost,
@@ -298,7 +303,7 @@ def run_chain(
         dense, seconds = train(start, rows, settings["dense"], settings, seed)
         dense.save_pretrained(place)
         logits, _ = answers(dense, test)
-        figures, _, _ = judge(dense, test, None, logits)
+        figures, _, _ = judge(dense, test, None, logits, dense.config.num_hidden_layers)
         write("dense", seconds, {"evaluations": [figures], "entropy": entropy(logits).mean().item()})
     dense = BudgetFormerForSequenceClassification.from_pretrained(place).eval()
     expected, _ = answers(dense, test)
@@ -311,7 +316,7 @@ def run_chain(
         found: dict[str, Any] = {"evaluations": []}
         spent, costs = {}, {}
         for budget in [None] if static else [*settings["budgets"], None]:
-            figures, costs[budget], spent[budget] = judge(model, test, budget, expected)
+            figures, costs[budget], spent[budget] = judge(model, test, budget, expected, dense.config.num_hidden_layers)
             found["evaluations"].append(figures)
         if not static and 0.25 in spent:
             low = min(x for x in costs if x is not None)
