@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 
 from hf_budgetformer.tools.data import batches_by_length, load_classifier, read_table
 from hf_budgetformer.tools.evaluation import evaluate_budgets
+from hf_budgetformer.tools.prediction import _WINDOW as WINDOW
 
 
 ROOT = Path(__file__).parent.parent
@@ -136,11 +137,11 @@ def test_a_killed_prediction_goes_on_without_losing_or_repeating_a_line(place):
     subprocess.run([*asked, "whole.jsonl"], check=True, **options)
     partial = place / "killed.jsonl.partial"
     process = subprocess.Popen([*asked, "killed.jsonl"], **options)
-    while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+    while process.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") >= WINDOW):
         time.sleep(0.01)
-    process.kill()
+    process.kill()  # once there is a whole window, for less is answered again
     process.wait()
-    assert 0 < partial.read_bytes().count(b"\n") < 400
+    assert WINDOW <= partial.read_bytes().count(b"\n") < 400
     done = subprocess.run([*asked, "killed.jsonl"], check=True, capture_output=True, text=True, **options)
     assert "rows were there already" in done.stderr
     assert (place / "killed.jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
