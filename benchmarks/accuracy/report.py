@@ -137,13 +137,14 @@ def comparisons(runs: dict[tuple[str, int, str], Run]) -> str:
                 against(share, "equal budgets", share),
                 against(share, "equal budgets", share, "agrees"),
                 against(share, "fixed heads", share),
+                against(share, "heads not ranked", share),
                 against(share, "without teacher", share),
                 against(share, "one stage", share),
             ]
         )
     head = ["budget", "dense", "static pruning, retrained", "three times the steps: dense",
             "three times the steps: static", "equal budgets", "equal budgets, agreement with dense",
-            "the same heads for all inputs", "without teacher", "in one stage"]  # fmt: skip
+            "the same heads for all inputs", "heads not ranked", "without teacher", "in one stage"]  # fmt: skip
     used = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
     return table([head[i] for i in used], [[row[i] for i in used] for row in rows])
 
