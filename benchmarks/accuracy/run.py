@@ -51,7 +51,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "ours": {},
     "equal budgets": {"config": {"need_scale": 0.0}},
-    "need 2": {"config": {"need_scale": 2.0}},
     "half the task's loss": {"config": {"distillation_weight": 0.5}},
     "heads not ranked": {"rank": False},
     "three times the steps": {"longer": 3.0},  # as many as static pruning needs for three budgets
