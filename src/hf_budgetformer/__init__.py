@@ -1,4 +1,4 @@
-"""BudgetFormer for Hugging Face Transformers: each input gets its own attention heads. Importing it registers it."""
+"""BudgetFormer for Hugging Face Transformers: each input gets its own share of the work. Importing it registers it."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -11,7 +11,7 @@ from .modeling_budgetformer import (
 from .tools.training import BudgetCallback, add_teacher_logits
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register(BudgetFormerConfig.model_type, BudgetFormerConfig, exist_ok=True)
 AutoModel.register(BudgetFormerConfig, BudgetFormerModel, exist_ok=True)

@@ -10,7 +10,13 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from .backbones import BACKBONES
 
 
-EXECUTOR_CHOICES = ("auto", "sparse", "masked")
+EXECUTOR_CHOICES = ("auto", "masked")
+# Fields of version 0.1, and what to write instead.
+_GONE = {
+    "head_budget": 'looks=[share] with router="layer", or budget= on a call',
+    "target_head_budget": 'target_budget with router="layer"',
+    "static_heads": "hf_budgetformer.tools.narrowing.cut(model, budget)",
+}
 
 # Of a decoder's configuration nothing applies here; identity belongs to the model that is built, not to its origin.
 _NOT_ADOPTED = ("model_type", "architectures", "transformers_version", "auto_map", "use_cache", "_name_or_path")
@@ -27,7 +33,7 @@ def _checked(allowed: str, accepts: Callable[[Any], bool], default: Any) -> Any:
 
 
 def is_share(value: Any) -> bool:
-    """Whether `value` is a share of the heads: a float in (0, 1]. Integers are refused, they look like head counts."""
+    """Whether `value` is a share, a float in (0, 1]. Integers are refused, they look like counts."""
     return isinstance(value, float) and 0.0 < value <= 1.0
 
 
@@ -36,7 +42,7 @@ def _is_number(value: Any, low: float, high: float = math.inf, above: bool = Fal
 
 
 def _share(default: float | None) -> Any:
-    return _checked("None or a share of the heads, a float in (0, 1]", lambda v: v is None or is_share(v), default)
+    return _checked("None or a share, a float in (0, 1]", lambda v: v is None or is_share(v), default)
 
 
 def _fraction(default: float) -> Any:
@@ -60,49 +66,55 @@ class BudgetFormerConfig(PreTrainedConfig):
     """Configuration of [`BudgetFormerModel`] and [`BudgetFormerForSequenceClassification`].
 
     The backbone's fields keep their names and meaning from `BertConfig` and `RobertaConfig`. `from_pretrained` on a
-    plain BERT or RoBERTa checkpoint, and [`from_backbone_config`], adopt them. The remaining fields belong to the
-    routers. "Share" means a fraction of all attention heads, (0, 1].
+    plain BERT or RoBERTa checkpoint, and [`from_backbone_config`], adopt them. The remaining fields are ours. A
+    *budget* is a share of the full encoder's work, (0, 1].
 
     Args:
         backbone_model_type: Architecture of the encoder, a key of `backbones.BACKBONES`: "bert" or "roberta".
-        head_budget: Share of the heads every input gets unless a call asks for another, or None for the budget the
-            model chooses itself. Default None.
-        target_head_budget: Mean share the model's own budget is trained towards; None keeps it within [0.1, 0.9]
-            only, as the paper does. Default 0.5.
-        budget_sampling: Fraction in [0, 1] of the training batches that run at a requested budget, drawn
-            from [1/heads, 1] and low more often than high, rather than at the model's own. Without it a checkpoint
-            collapses at budgets it was not trained at. Default 0.75.
+        router: What gives each input its budget: "look", a first look by the narrow encoder, or "layer", the paper's
+            routers in every layer, which gate heads alone. Default "look".
+        narrow_budget: Largest budget of the narrow encoder, in (0, 1]. Default 1/4.
+        feed_forward_blocks: Blocks that the neurons of a layer open in, >= 1. None: as many as heads.
+        opening_order: In which order the units of the narrow encoder open as the budget grows: numbers of sublayers, one
+            for each unit, 2 n for a head and 2 n + 1 for a block of neurons of layer n. None: all at the same pace.
+        reference_length: Tokens >= 1 of the input whose FLOPs are counted as the work of a unit. Default 128.
+        looks: Rising budgets, one after the other, that a plain call at inference spends, each on the inputs that the
+            one before left in doubt; 1.0 is the full encoder. None: once the narrow encoder has been trained (1/6, 1),
+            before that the full encoder alone. With `router="layer"` at most one: the share of the heads asked for.
+        confidence: A threshold in [0, 1] after each look but the last: answers less sure are doubted. None: 0.8.
+        margins: How sure the first look of a mean budget is on texts like the user's: `{"budget": its budget,
+            "quantiles": evenly spaced quantiles of the confidence}`; see `tools.tuning.calibrate_margins`.
+        freeze_full: Whether the full encoder and its head stay as they are in training, and run without dropout.
+        full_encoder: False for a model that was cut to its narrow encoder, see `tools.narrowing.cut`. Default True.
+        distillation_weight: Where a model learns from `teacher_logits` and labels (one that was cut, or with routers in
+            its layers): share in [0, 1] of the loss that is the divergence from the teacher. Default 1.
+        executor: "auto" (padding removed, closed units skipped) or "masked" (padded, everything computed, closed units
+            multiplied by zero: the reference). Default "auto".
+        target_budget: With `router="layer"`, as are all that follow: mean share of heads the model's own budget is
+            trained towards; None keeps it within [0.1, 0.9] only, as the paper does. Default 0.5.
+        budget_sampling: Fraction in [0, 1] of the training batches that run at a requested budget, drawn from
+            [1/heads, 1] and low more often than high, rather than at the model's own. Default 0.75.
         budget_loss_weight: Weight >= 0 of the budget terms of the loss. Default 5.
         need_scale: How far budgets follow the input, >= 0: logits that an input gets for each standard deviation its
             predicted cost of a low budget lies above the mean. 0 gives all inputs about the same. Default 1.
-        distillation_weight: Share in [0, 1] of the training loss that is the divergence from `teacher_logits`, where
-            these are given; the rest is the task's. Default 1.
         gate_type: "hard" (gates are 0 or 1 in training and inference, gradients pass straight through) or "soft"
             (as in the paper: all heads weighted in training, the ceil(budget * heads) best run at inference).
-            Default "hard".
         router_hidden_size: Units >= 1 of the hidden layer of each budget controller. Default 64.
         router_lr_multiplier: How many times larger an optimiser step the routers take than the rest of the model, > 0.
-            Routers start from scratch and need a rate of about 2e-3. Default 40, for a Trainer at 5e-5.
-        executor: How closed heads are treated at inference: "auto" (skipped where that is faster), "sparse" (always
-            skipped), or "masked" (computed and multiplied by zero: the reference). Training and recorded attentions
-            compute every head whichever is set. Default "auto".
+            They start from scratch and need a rate of about 2e-3. Default 40, for a Trainer at 5e-5.
         exploration_steps: Number >= 0 of training forward passes from exploration to exploitation, that is until
-            the noise on the scores is gone and their temperature low. With gradient accumulation a pass is a
-            micro-batch. Default 500.
-        static_heads: For each layer the heads that are left of it, a rising list of indices, for a model that was cut
-            down to them (see `tools.baselines.prune`): it has no routers, and all of its heads always run. None: all
-            heads, and routers. Default None.
+            the noise on the scores is gone and their temperature low. Default 500.
 
     Raises:
         StrictDataclassFieldValidationError: A field's value is not allowed; names the field, the value and the range.
         StrictDataclassClassValidationError: Two fields contradict each other.
 
-    Sources: budgets, bounds and gates are arXiv 2604.22583; the equalised rate of the routers follows Karras et al.
-    2018 (arXiv 1710.10196).
+    Sources: the fields of `router="layer"` are arXiv 2604.22583; the equalised rate of the routers follows Karras et
+    al. 2018 (arXiv 1710.10196).
     """
 
     model_type = "budgetformer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["head_budget", "head_gates", "aux_loss"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["budget", "head_gates"]
     # The stock layers ask for these; a decoder cannot be adopted.
     is_decoder: ClassVar[bool] = False
     add_cross_attention: ClassVar[bool] = False
@@ -128,18 +140,27 @@ class BudgetFormerConfig(PreTrainedConfig):
     )
     tie_word_embeddings: bool = True
 
-    head_budget: float | int | None = _share(None)
-    target_head_budget: float | int | None = _share(0.5)
+    router: str = _checked("'look' or 'layer'", lambda v: v in ("look", "layer"), "look")
+    narrow_budget: float | int = _checked("a float in (0, 1]", is_share, 0.25)
+    feed_forward_blocks: int | None = _checked("None or an integer >= 1", lambda v: v is None or v >= 1, None)
+    opening_order: list[int] | None = None
+    reference_length: int = _count(128)
+    looks: list[float] | tuple[float, ...] | None = None
+    confidence: list[float] | tuple[float, ...] | None = None
+    margins: dict[str, Any] | None = None
+    freeze_full: bool = False
+    full_encoder: bool = True
+    distillation_weight: float | int = _fraction(1.0)
+    executor: str = _checked(f"one of {list(EXECUTOR_CHOICES)}", lambda v: v in EXECUTOR_CHOICES, "auto")
+
+    target_budget: float | int | None = _share(0.5)
     budget_sampling: float | int = _fraction(0.75)
     budget_loss_weight: float | int = _not_negative(5.0)
     need_scale: float | int = _not_negative(1.0)
-    distillation_weight: float | int = _fraction(1.0)
     gate_type: str = _checked("'hard' or 'soft'", lambda v: v in ("hard", "soft"), "hard")
     router_hidden_size: int = _count(64)
     router_lr_multiplier: float | int = _positive(40.0)
     exploration_steps: int = _count(500, least=0)
-    executor: str = _checked(f"one of {list(EXECUTOR_CHOICES)}", lambda v: v in EXECUTOR_CHOICES, "auto")
-    static_heads: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("model_type", self.model_type) != self.model_type:
@@ -150,26 +171,59 @@ class BudgetFormerConfig(PreTrainedConfig):
         for name in ("is_decoder", "add_cross_attention"):
             if kwargs.pop(name, False):
                 raise ValueError(f"{name} must be False, got True: BudgetFormer is an encoder.")
+        for name in _GONE.keys() & kwargs.keys():
+            raise ValueError(
+                f"{name} is a field of hf_budgetformer 0.1, got {kwargs[name]!r}: write {_GONE[name]} instead. A "
+                "checkpoint of 0.1 is trained anew from its backbone, which the stock class loads from its folder."
+            )
         super().__post_init__(**kwargs)
 
-    def validate_head_size(self) -> None:
-        """Heads must share the hidden size equally."""
-        if self.hidden_size % self.num_attention_heads:
+    def validate_opening_order(self) -> None:
+        """The order names sublayers that there are, and no more units than they have."""
+        order, heads = self.opening_order, self.num_attention_heads
+        if self.feed_forward_blocks is not None and self.feed_forward_blocks > self.intermediate_size:
             raise ValueError(
-                f"hidden_size must be divisible by num_attention_heads, got {self.hidden_size} and "
-                f"{self.num_attention_heads}."
+                f"feed_forward_blocks must be at most intermediate_size={self.intermediate_size}, got "
+                f"{self.feed_forward_blocks}."
+            )
+        if order is None:
+            return
+        blocks = self.feed_forward_blocks or min(heads, self.intermediate_size)
+        known = set(order) <= set(range(2 * self.num_hidden_layers))
+        if not order or not known or any(order.count(x) > (blocks if x % 2 else heads) for x in set(order)):
+            raise ValueError(
+                f"opening_order must hold numbers from 0 to {2 * self.num_hidden_layers - 1}, an even one at most "
+                f"{heads} times and an odd one at most {blocks} times, got {order}."
             )
 
-    def validate_static_heads(self) -> None:
-        """Every layer keeps at least one of its heads."""
-        if self.static_heads is None:
+    def validate_looks(self) -> None:
+        """Looks rise, within what there is to look with; one threshold less than looks."""
+        looks, confidence = self.looks, self.confidence
+        most = 2 if looks is None else len(looks)
+        if looks is not None:
+            rising = all(a < b for a, b in zip(looks, looks[1:], strict=False))
+            if not looks or not all(map(is_share, looks)) or not rising:
+                raise ValueError(f"looks must be None or rising floats in (0, 1], got {looks}.")
+            narrow = looks[:-1] if looks[-1] == 1.0 and self.full_encoder else looks
+            if self.router == "look" and any(budget > self.narrow_budget for budget in narrow):
+                raise ValueError(
+                    f"looks must be at most narrow_budget={self.narrow_budget}, but for a last one of 1.0, got {looks}."
+                )
+            if self.router == "layer" and len(looks) > 1:
+                raise ValueError(f"looks must hold one share of the heads with router='layer', got {looks}.")
+        if confidence is not None and (len(confidence) != most - 1 or not all(_is_number(x, 0, 1) for x in confidence)):
+            raise ValueError(f"confidence must hold {most - 1} numbers in [0, 1], one less than looks, got {confidence}.")
+
+    def validate_margins(self) -> None:
+        """Margins name the look that they are of."""
+        margins = self.margins
+        if margins is None:
             return
-        heads = range(self.num_attention_heads)
-        good = [x and all(h in heads for h in x) and x == sorted(set(x)) for x in self.static_heads]
-        if len(good) != self.num_hidden_layers or not all(good):
+        quantiles, budget = margins.get("quantiles"), margins.get("budget")
+        if not isinstance(quantiles, list) or len(quantiles) < 2 or not is_share(budget) or budget > self.narrow_budget:
             raise ValueError(
-                f"static_heads must hold, for each of {self.num_hidden_layers} layers, a rising list of at least one "
-                f"head in [0, {self.num_attention_heads}), got {self.static_heads}."
+                f"margins must hold a 'budget' of at most narrow_budget={self.narrow_budget} and two 'quantiles' or "
+                f"more, got {margins}."
             )
 
     @classmethod
@@ -178,7 +232,7 @@ class BudgetFormerConfig(PreTrainedConfig):
 
         Args:
             config: The stock configuration, or its dictionary with a `model_type`.
-            **kwargs: Fields of this class to set, router fields usually.
+            **kwargs: Fields of this class to set.
 
         Raises:
             ValueError: The model type is not supported, or the configuration is a decoder's.

@@ -58,6 +58,12 @@ def _divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Ten
     return (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1).clamp(min=0.0)
 
 
+def hidden_divergence(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """How far hidden states point from those of another encoder: mean of 1 - cosine. (..., D) each -> scalar."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return (1.0 - F.cosine_similarity(hidden.to(dtype), target.to(dtype), dim=-1)).mean()
+
+
 def task_cost(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
     """Loss of each input: what stands in for a teacher's divergence where there is none. (B, labels) -> (B,)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

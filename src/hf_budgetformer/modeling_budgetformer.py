@@ -1,5 +1,6 @@
-"""BudgetFormer: BERT-family encoders that choose, for each input and layer, how many attention heads run and which."""
+"""BudgetFormer: a BERT-family encoder, unchanged, and a narrow one beside it that answers the easy inputs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,78 +10,71 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
-from transformers.models.bert.modeling_bert import BertLayer, BertPooler
-from transformers.pytorch_utils import apply_chunking_to_forward
+from transformers.models.bert.modeling_bert import BertPooler, BertSelfAttention
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import GatedSelfAttention, gated_attention
+from .attention import EncoderLayer
 from .backbones import BACKBONES, max_input_length
+from .budgets import FULL_LOOK, Look, Plan, confidence, has_confidence, plan_budget, plan_looks
 from .configuration_budgetformer import EXECUTOR_CHOICES, BudgetFormerConfig, is_share
-from .losses import (
-    ENTROPY_WEIGHT,
-    attach_loss,
-    budget_distance,
-    budget_hinge,
-    need_loss,
-    score_entropy,
-    task_cost,
-    teacher_divergence,
-)
-from .packing import Packing, find_packing
-from .routing import (
-    ExplorationSchedule,
-    GateLinear,
-    HeadRouter,
-    OwnBudget,
-    Routing,
-    budget_to_logit,
-    least_budget,
-    pool_packed_tokens,
-    pool_tokens,
-)
+from .losses import attach_loss, hidden_divergence, teacher_divergence
+from .narrow import Importance, NarrowEncoder
+from .packing import PackedBatch, PaddedBatch, find_packing
+from .relevance import ExplorationSchedule, GateLinear, OwnBudget, RoutedEncoder, Routing
 
 
-# Sent along by Trainer, pipelines and decorators; none of them changes what an encoder computes.
-_UNUSED_KWARGS = frozenset({"num_items_in_batch", "output_attentions", "output_hidden_states", "use_cache"})
+logger = logging.get_logger(__name__)
 
-
-# Tokens the feed-forward layers take at a time at inference, so that what lies between the two stays in the cache: 5 to
-# 10% faster on a CPU than all at once, and less memory.
-_CHUNK_TOKENS = 1024
+# What tokenizers, collators, Trainer, pipelines and decorators send along; none of it changes what an encoder computes.
+_IGNORED = frozenset({
+    "length", "num_items_in_batch", "num_truncated_tokens", "offset_mapping", "output_attentions",
+    "output_hidden_states", "overflow_to_sample_mapping", "overflowing_tokens", "special_tokens_mask", "use_cache",
+})  # fmt: skip
+_GONE = {
+    "head_mask": "head_mask no longer exists in transformers 5: pass budget, the share of the work to do.",
+    "head_budget": "head_budget is of hf_budgetformer 0.1: write budget=, the share of the full encoder's work.",
+}
 
 
 @dataclass
 class BudgetFormerModelOutput(BaseModelOutputWithPooling):
-    """Stock encoder output, and what the routers did.
+    """Stock encoder output, and what was spent.
 
     Args:
-        head_budget: (B,), float: share of all heads that each input really used, the mean of its gates.
-        head_gates: (B, layers, H), float, on request: 1 for an open head, 0 for a closed one.
-        aux_loss: Scalar, while training: the routers' terms of the loss, weighted.
-        need: (B, layers), float, while training: what each layer predicts a low budget to cost each input, in
-            standard deviations.
+        budget: (B,), float: share of the full encoder's work that each input took, all its looks together; with
+            `router="layer"` the share of the heads that ran.
+        head_gates: (B, layers, H), float, on request, with `router="layer"`: 1 for an open head, 0 for a closed one.
     """
 
-    head_budget: torch.Tensor | None = None
+    budget: torch.Tensor | None = None
     head_gates: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    need: torch.Tensor | None = None
 
 
 @dataclass
 class BudgetFormerClassifierOutput(SequenceClassifierOutput):
-    """Stock classifier output, and what the routers did; `loss` includes `aux_loss` while training.
+    """Stock classifier output, and what was spent, as in `BudgetFormerModelOutput`."""
 
-    Args:
-        head_budget: (B,), float: share of all heads that each input really used, the mean of its gates.
-        head_gates: (B, layers, H), float, on request: 1 for an open head, 0 for a closed one.
-        aux_loss: Scalar, while training: the routers' terms of the loss, weighted.
-    """
-
-    head_budget: torch.Tensor | None = None
+    budget: torch.Tensor | None = None
     head_gates: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
+
+
+@dataclass
+class Embedded:
+    """A batch behind the embeddings: hidden states (T, D) or (B, L, D), how they lie, and the number of inputs."""
+
+    hidden: torch.Tensor
+    batch: PackedBatch | PaddedBatch
+    rows: int
+
+    def select(self, rows: torch.Tensor) -> "Embedded":
+        """The inputs `rows` (b,) int64, distinct, alone."""
+        return Embedded(*self.batch.select(self.hidden, rows.to(self.hidden.device)), len(rows))
+
+    def detach(self) -> "Embedded":
+        """Cut off from the embeddings' gradient."""
+        return Embedded(self.hidden.detach(), self.batch, self.rows)
 
 
 def _values_are_known() -> bool:
@@ -94,20 +88,21 @@ def _check_inputs(
     position_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     unknown: dict[str, Any],
-) -> tuple[int, int]:
-    """Raises on input that the encoder would not survive or would ignore; returns batch size and length."""
-    if unknown.pop("head_mask", None) is not None:
-        raise TypeError("head_mask no longer exists in transformers 5: pass head_budget, the share of heads to run.")
-    unexpected = sorted(unknown.keys() - _UNUSED_KWARGS)
+) -> None:
+    """Raises on input that the encoder would not survive or would ignore."""
+    for name in _GONE.keys() & unknown.keys():
+        if unknown.pop(name) is not None:
+            raise TypeError(_GONE[name])
+    unexpected = sorted(unknown.keys() - _IGNORED)
     if unexpected:
         raise TypeError(f"unexpected keyword arguments {unexpected}: see the signature of forward.")
-    given = {name: x for name, x in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)) if x is not None}
-    if len(given) != 1:
-        raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {list(given) or 'neither'}.")
-    [(name, tensor)] = given.items()
-    batch, length = tensor.shape[:2]
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {got}.")
+    name, tensor = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
+    batch, length = tensor.shape[:2]  # type: ignore[union-attr]
     if batch == 0 or length == 0:
-        raise ValueError(f"{name} must hold at least one input of at least one token, got shape {tuple(tensor.shape)}.")
+        raise ValueError(f"{name} must hold at least one input of at least one token, got {batch} of {length}.")
     longest = max_input_length(config)
     if position_ids is None and length > longest:
         raise ValueError(
@@ -119,25 +114,25 @@ def _check_inputs(
             f"attention_mask must have shape ({batch}, {length}), one value per token, got "
             f"{tuple(attention_mask.shape)}."
         )
-    return batch, length
 
 
-def _check_head_budget(head_budget: float | torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
-    """Returns the requested shares as (B,) float; raises ValueError naming value and range."""
-    allowed = f"head_budget must be a share of the heads, a float in (0, 1] or a float tensor of shape ({batch},)"
-    if not isinstance(head_budget, torch.Tensor):
-        if not is_share(head_budget):
-            raise ValueError(f"{allowed}, got {head_budget!r}.")
-        return torch.full((batch,), head_budget, device=device)
-    if not head_budget.is_floating_point() or head_budget.shape != (batch,):
-        raise ValueError(f"{allowed}, got a {head_budget.dtype} tensor of shape {tuple(head_budget.shape)}.")
-    if _values_are_known() and not ((head_budget > 0) & (head_budget <= 1)).all():
-        raise ValueError(f"{allowed}, got {head_budget}.")
-    return head_budget.to(device, torch.promote_types(head_budget.dtype, torch.float32))
+def _check_budget(budget: Any, batch: int) -> None:
+    """Raises ValueError naming value and range."""
+    if not isinstance(budget, torch.Tensor):
+        if is_share(budget):
+            return
+        got = repr(budget)
+    elif not budget.is_floating_point() or budget.shape != (batch,):
+        got = f"a {budget.dtype} tensor of shape {tuple(budget.shape)}"
+    elif _values_are_known() and not ((budget > 0) & (budget <= 1)).all():
+        got = str(budget)
+    else:
+        return
+    raise ValueError(f"budget must be a float in (0, 1] or a float tensor of shape ({batch},), got {got}.")
 
 
 class BudgetFormerPreTrainedModel(PreTrainedModel):
-    """What all BudgetFormer models share: weights' names, initialisation, saving and loading."""
+    """What all BudgetFormer models share: weights' names, birth of the narrow encoder, saving, loading, looks."""
 
     config: BudgetFormerConfig
     base_model_prefix = "bert"
@@ -145,7 +140,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
     # Without it Trainer leaves the loss undivided under gradient accumulation, since forward takes **kwargs.
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _no_split_modules = ["BertEmbeddings", "RobertaEmbeddings", "BudgetFormerLayer"]
+    _no_split_modules = ["BertEmbeddings", "RobertaEmbeddings", "EncoderLayer", "RoutedLayer", "NarrowLayer"]
+
+    narrow: NarrowEncoder | None
 
     def __init__(self, config: BudgetFormerConfig) -> None:
         # By name, for a configuration loaded from the Hub is of another module than this one.
@@ -155,39 +152,105 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
                 "BudgetFormerConfig.from_backbone_config(config)."
             )
         config.validate()
+        if not config.full_encoder and config.router == "layer":
+            raise ValueError("full_encoder must be True with router='layer', got False.")
         super().__init__(config)
+        self.backbone = BACKBONES[config.backbone_model_type]
         # The loader asks the instance: stock checkpoints of either architecture then match without renaming.
-        self.base_model_prefix = BACKBONES[config.backbone_model_type].prefix
+        self.base_model_prefix = self.backbone.prefix
+        self.training_log: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, GateLinear):
-            init.normal_(module.weight, std=module.initial_std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, OwnBudget):
-            init.constant_(module.bias, module.initial / module.multiplier)
-        elif isinstance(module, ExplorationSchedule):
+        if isinstance(module, (GateLinear, OwnBudget, ExplorationSchedule)):
+            module.init_weights()
+        elif isinstance(module, NarrowEncoder):
             init.zeros_(module.steps)
         else:
             super()._init_weights(module)
-            if isinstance(module, BACKBONES[self.config.backbone_model_type].embeddings):
+            if isinstance(module, self.backbone.embeddings):
                 positions, types = module.get_buffer("position_ids"), module.get_buffer("token_type_ids")
                 init.copy_(positions, torch.arange(positions.shape[-1]).expand((1, -1)))
                 init.zeros_(types)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As upstream; takes BudgetFormer checkpoints and plain ones of a supported backbone, by Hub id or folder.
 
-        Fields of [`BudgetFormerConfig`] may be given as keyword arguments.
+        A plain checkpoint's narrow encoder is born from it: a copy of its most important units, by the norms of their
+        weights. Fields of [`BudgetFormerConfig`] may be given as keyword arguments.
+
+        Raises:
+            ValueError: The checkpoint is one of hf_budgetformer 0.1.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         # Names of old checkpoints are brought up to date once. Upstream would write the old ones again, which
         # Trainer, whose resuming renames nothing, then skips in silence.
         model._weight_conversions = []
-        return loaded
+        if any(".router." in name or "own_budget" in name for name in report["unexpected_keys"]):
+            raise ValueError(
+                "pretrained_model_name_or_path is a checkpoint of hf_budgetformer 0.1, whose routers this version does "
+                f"not run, got {args[:1]}: load its backbone with the stock class, save it, and load that here."
+            )
+        lost = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+        if model.narrow is not None:
+            layers = sum(name.startswith("narrow.layer.") for name in lost)
+            if layers == sum(name.startswith("layer.") for name, _ in model.narrow.named_parameters()):
+                model.give_birth()
+            elif any(name.startswith(("narrow.pooler.", "narrow.head.")) for name in lost):
+                model._copy_head()
+        model._freeze()
+        return (model, report) if output_loading_info else model
+
+    def give_birth(self, importance: Sequence[Importance] | None = None) -> None:
+        """Makes the narrow encoder a copy of the full encoder's most important units, as if it had never been trained.
+
+        Args:
+            importance: Of each layer's units; None: by the norms of their weights.
+
+        Raises:
+            ValueError: The model has no narrow encoder beside a full one.
+        """
+        if self.narrow is None or not self.config.full_encoder:
+            raise ValueError("model must have a narrow encoder beside a full one (router='look', not cut).")
+        self.narrow.copy_units(self.base_model.encoder.layer, self.backbone.names, importance)
+        self.narrow.steps.zero_()
+        self._copy_head()
+
+    def _copy_head(self) -> None:
+        """Copies pooler and classifier of the full encoder, where there are any."""
+        narrow, pooler, head = self.narrow, self.base_model.pooler, getattr(self, "classifier", None)
+        if narrow is not None and narrow.pooler is not None and pooler is not None:
+            narrow.pooler.load_state_dict(pooler.state_dict())
+        if narrow is not None and narrow.head is not None and head is not None:
+            narrow.head.load_state_dict(head.state_dict())
+
+    def _finish(self) -> None:
+        """What every constructor ends with."""
+        self.post_init()
+        if self.narrow is not None and self.config.full_encoder and not self.narrow.steps.is_meta:
+            self.give_birth()
+        self._freeze()
+
+    def _full_parts(self) -> list[nn.Module]:
+        """The full encoder and its head."""
+        base = self.base_model
+        parts = [base.embeddings, base.encoder, base.pooler, getattr(self, "dropout", None)]
+        parts.append(getattr(self, "classifier", None))
+        return [part for part in parts if part is not None]
+
+    def _freeze(self) -> None:
+        if self.config.freeze_full and self.narrow is not None and self.config.full_encoder:
+            for part in self._full_parts():
+                part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Any:
+        """As upstream; a frozen full encoder stays without dropout."""
+        super().train(mode)
+        if mode and self.config.freeze_full and self.narrow is not None and self.config.full_encoder:
+            for part in self._full_parts():
+                part.train(False)
+        return self
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As upstream; the folder also holds this code, so that it loads where the package is not installed."""
@@ -205,141 +268,107 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         finally:
             self.__class__ = kind
 
+    def is_trained(self) -> bool:
+        """Whether the narrow encoder has been trained, by at least a step."""
+        return self.narrow is not None and (not self.config.full_encoder or bool(self.narrow.steps > 0))
 
-@dataclass(frozen=True)
-class PaddedLayout:
-    """What a padded batch needs beside its hidden states.
+    def _check_executor(self, executor: str | None) -> str:
+        if executor is None:
+            return self.config.executor
+        if executor not in EXECUTOR_CHOICES:
+            raise ValueError(f"executor must be one of {list(EXECUTOR_CHOICES)}, got {executor!r}.")
+        return executor
 
-    Args:
-        attention_mask: As the attention implementation wants it.
-        token_mask: (B, L), 1 for real tokens.
-    """
+    def _plan_call(self, recorded: bool) -> Plan:
+        """The looks of a plain call."""
+        config, narrow = self.config, self.narrow
+        if narrow is None:
+            return Plan((FULL_LOOK,))
+        if not config.full_encoder:
+            return Plan((narrow.order.look(config.looks[0]) if config.looks else narrow.widest,))
+        if recorded or not _values_are_known():  # of the full encoder; and a graph has no room for doubt
+            return Plan((FULL_LOOK,))
+        if config.looks is None:
+            if not self.is_trained():
+                logger.warning_once(
+                    "The narrow encoder has not been trained yet: a plain call runs the full model alone. Train it, or "
+                    "ask for a budget, or set config.looks."
+                )
+                return Plan((FULL_LOOK,))
+            if not has_confidence(config):
+                return Plan((FULL_LOOK,))
+        plan = plan_looks(config, narrow.order)
+        if len(plan.looks) > 1 and not has_confidence(config):
+            raise ValueError(f"looks must hold one budget for a model whose answers cannot be doubted, got {config.looks}.")
+        self._warn_untrained(plan)
+        return plan
 
-    attention_mask: torch.Tensor | None
-    token_mask: torch.Tensor
+    def _warn_untrained(self, plan: Plan) -> None:
+        narrow = plan.looks[0].counts is not None
+        if narrow and _values_are_known() and not self.training and not self.is_trained():
+            logger.warning_once("The narrow encoder answers, and has not been trained yet: its answers are rough.")
 
+    def _plan(self, budget: float | torch.Tensor | None, recorded: bool) -> Plan | list[Plan]:
+        """One plan for all inputs, or one for each."""
+        if budget is None:
+            return self._plan_call(recorded)
+        if self.narrow is None:
+            raise ValueError(f"budget must be None, this model has no narrow encoder, got {budget!r}.")
+        if not isinstance(budget, torch.Tensor):
+            plan = plan_budget(self.config, self.narrow.order, budget)
+            self._warn_untrained(plan)
+            return plan
+        if not _values_are_known():
+            raise ValueError("budget must be a float while a graph is made, got a tensor.")
+        plans = {share: plan_budget(self.config, self.narrow.order, share) for share in set(budget.tolist())}
+        for plan in plans.values():
+            self._warn_untrained(plan)
+        return [plans[share] for share in budget.tolist()]
 
-class BudgetFormerLayer(BertLayer):
-    """Stock transformer layer whose attention is gated by a router of its own, or cut down to its static heads."""
-
-    def __init__(self, config: BudgetFormerConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx=layer_idx)
-        self.heads = config.num_attention_heads
-        self.static_heads = None if config.static_heads is None else config.static_heads[layer_idx]
-        self.attention.self = GatedSelfAttention(config, layer_idx=layer_idx)
-        self.router = HeadRouter(config) if self.static_heads is None else None
-        if self.static_heads is not None:
-            output = self.attention.output
-            output.dense = self.attention.self.keep_heads(len(self.static_heads), output.dense)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        layout: "PaddedLayout | Packing",
-        executor: str,
-        budget_logit: torch.Tensor | None,
-        temperature: torch.Tensor | float,
-        noise: torch.Tensor | float,
-        carry: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        """Routes, attends and feeds forward. Keeps nothing: under gradient checkpointing it runs twice.
-
-        Args:
-            hidden_states: (B, L, D), or packed (T, D).
-            layout: The batch's masks, or its packing.
-            executor: Of a packed batch, see `gated_attention`.
-            budget_logit: (B,), the budget asked for; None: all heads, and nothing is routed.
-            temperature: Scalar.
-            noise: Scalar.
-            carry: (B,), see `Routing`.
-
-        Returns:
-            hidden states as they came, and the fields of a `Routing`.
-        """
-        output = self.attention.output
-        routing = self._route(hidden_states, layout, budget_logit, temperature, noise, carry)
-        gates = routing.gates if self.static_heads is None else None
-        if isinstance(layout, Packing):
-            projected = gated_attention(self.attention.self, output.dense, hidden_states, layout, gates, executor)
-            attended = output.LayerNorm(output.dropout(projected) + hidden_states)
-            return self._feed_forward_packed(attended), *routing
-        context, _ = self.attention.self(hidden_states, layout.attention_mask, gates=gates)
-        fed_forward = apply_chunking_to_forward(
-            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, output(context, hidden_states)
-        )
-        return fed_forward, *routing
-
-    def _route(
-        self,
-        hidden_states: torch.Tensor,
-        layout: "PaddedLayout | Packing",
-        budget_logit: torch.Tensor | None,
-        temperature: torch.Tensor | float,
-        noise: torch.Tensor | float,
-        carry: torch.Tensor,
-    ) -> Routing:
-        if self.router is None or budget_logit is None:
-            kept = range(self.heads) if self.static_heads is None else self.static_heads
-            gates = carry.new_zeros(carry.shape[0], self.heads)
-            gates[:, kept] = 1.0
-            return Routing(gates, gates.mean(-1), gates, carry, carry)
-        if isinstance(layout, Packing):
-            pooled = pool_packed_tokens(hidden_states, layout)
-        else:
-            pooled = pool_tokens(hidden_states, layout.token_mask)
-        routing: Routing = self.router(pooled, budget_logit, carry, temperature, noise)
-        return routing
-
-    def _feed_forward_packed(self, hidden: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or len(hidden) <= _CHUNK_TOKENS:
-            return self.feed_forward_chunk(hidden)
-        return torch.cat([self.feed_forward_chunk(chunk) for chunk in hidden.split(_CHUNK_TOKENS)])
+    def _encode_narrow(self, embedded: Embedded, look: Look, masked: bool, states: Any = None) -> torch.Tensor:
+        narrow: Any = self.narrow
+        hidden: torch.Tensor = narrow(embedded.hidden, embedded.batch, look.counts, masked, states)
+        return hidden
 
 
-class BudgetFormerEncoder(nn.Module):
-    """The layers, one after the other."""
+class FullEncoder(nn.Module):
+    """The stock layers, one after the other."""
 
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(BudgetFormerLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(EncoderLayer(config, layer_idx=index) for index in range(config.num_hidden_layers))
 
-    def forward(self, hidden_states: torch.Tensor, *shared: Any, carry: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        """Hidden states (B, L, D) or (T, D), whatever every layer takes beside them, and the first layer's carry (B,).
-
-        Returns:
-            hidden states as they came, and the layers' routings, stacked: gates (B, layers, H), budget (B, layers)...
-        """
-        routed = []
+    def forward(self, hidden: torch.Tensor, **layout: Any) -> torch.Tensor:
+        """(B, L, D) with `attention_mask`, or (T, D) with `sequences`, as `EncoderLayer` takes them."""
         for layer in self.layer:
-            hidden_states, *parts = layer(hidden_states, *shared, carry)
-            routed.append(Routing(*parts))
-            carry = routed[-1].carry
-        return hidden_states, Routing(*(torch.stack(parts, dim=1) for parts in zip(*routed, strict=True)))
+            hidden = layer(hidden, **layout)
+        return hidden
 
 
 class BudgetFormerModel(BudgetFormerPreTrainedModel):
-    """Encoder of a BERT-family checkpoint with a head router in every layer (arXiv 2604.22583).
+    """Encoder of a BERT-family checkpoint and a narrow one beside it.
+
+    Hidden states cannot be doubted: a budget is here at most `config.narrow_budget`, or 1. A plain call runs the full
+    encoder, unless `config.looks` says one budget.
 
     Args:
         config: The configuration.
         add_pooling_layer: Whether to build the pooler, as in the stock classes.
-
-    Attributes:
-        training_log: Scalars of the last training forward pass, detached, by name: what `BudgetCallback` logs.
+        add_narrow: Whether to build the narrow encoder; not where a task's model has one of its own.
     """
 
-    _can_record_outputs = {"hidden_states": BudgetFormerLayer, "attentions": GatedSelfAttention}
+    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": BertSelfAttention}
 
-    def __init__(self, config: BudgetFormerConfig, add_pooling_layer: bool = True) -> None:
+    def __init__(self, config: BudgetFormerConfig, add_pooling_layer: bool = True, add_narrow: bool = True) -> None:
         super().__init__(config)
-        self.embeddings: Any = BACKBONES[config.backbone_model_type].embeddings(config)
-        self.encoder = BudgetFormerEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
-        static = config.static_heads is not None
-        self.own_budget: Any = None if static else OwnBudget(config)
-        self.exploration: Any = None if static else ExplorationSchedule(config)
-        self.training_log: dict[str, torch.Tensor] = {}
-        self.post_init()
+        self.embeddings: Any = self.backbone.embeddings(config)
+        self.encoder: Any = None
+        if config.full_encoder:
+            self.encoder = RoutedEncoder(config) if config.router == "layer" else FullEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer and config.full_encoder else None
+        looks = add_narrow and config.router == "look"
+        self.narrow = NarrowEncoder(config, pooler=add_pooling_layer, head=False) if looks else None
+        self._finish()
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""
@@ -357,12 +386,16 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        head_budget: float | torch.Tensor | None = None,
-        output_head_gates: bool = False,
+        budget: float | torch.Tensor | None = None,
         executor: str | None = None,
+        output_head_gates: bool = False,
+        embedded: Embedded | None = None,
         **kwargs: Any,
     ) -> BudgetFormerModelOutput:
-        """Encodes a batch, running only the heads the routers open.
+        """Encodes a batch.
+
+        Where padding was removed, `last_hidden_state` is zero at its places; the stock classes leave numbers there that
+        mean nothing.
 
         Args:
             input_ids: (B, L), int64; or else `inputs_embeds`.
@@ -370,153 +403,185 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             token_type_ids: (B, L), int64.
             position_ids: (B, L), int64.
             inputs_embeds: (B, L, D), float.
-            head_budget: Share of all heads asked for, a float in (0, 1] or a float tensor (B,); it is spread over the
-                layers as the routers see fit. None: `config.head_budget`, or else the model's own.
-            output_head_gates: Whether to return `head_gates`.
-            executor: "auto", "sparse" or "masked", see [`BudgetFormerConfig`]; None: `config.executor`.
+            budget: Share of the full encoder's work, a float in (0, 1]; with `router="layer"` share of the heads, a
+                float or a float tensor (B,). None: see [`BudgetFormerConfig`].
+            executor: "auto" or "masked", see [`BudgetFormerConfig`]; None: `config.executor`.
+            output_head_gates: Whether to return `head_gates`, with `router="layer"`.
+            embedded: What `embed` returned, in place of the arguments above: the full encoder runs alone.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
 
         Raises:
             ValueError: An argument's shape or value is not allowed.
             TypeError: An argument does not exist.
         """
-        batch, length = _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
-        executor = self._check_executor(executor)
-        if head_budget is None:
-            head_budget = self.config.head_budget
-        if head_budget is not None and self.own_budget is None:
-            raise ValueError(f"head_budget must be None, the heads of this model are static; got {head_budget!r}.")
-        requested = None if head_budget is None else _check_head_budget(head_budget, batch, self.device)
+        kwargs.pop("return_dict", None)
+        if embedded is not None:
+            return self._run_full(embedded, **kwargs)
+        embedded = self.embed(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, budget, executor, kwargs
+        )
+        if self.config.router == "layer":
+            outputs, _, loss = self._run_routed(embedded, budget, **kwargs)
+            outputs.head_gates = outputs.head_gates if output_head_gates else None
+            return outputs if loss is None else self._attach(outputs, loss)
+        if isinstance(budget, torch.Tensor):
+            raise ValueError(f"budget must be a float for a model without a head, got a tensor {budget}.")
+        masked = self._check_executor(executor) == "masked"
+        plan: Any = self._plan(budget, recorded=False) if budget is not None or self.config.looks else None
+        if self.training and self.config.full_encoder and torch.is_grad_enabled():
+            return self._train(embedded, None if budget is None else plan.looks[0], masked, **kwargs)
+        if plan is None:
+            plan = self._plan_call(recorded=True)
+        if len(plan.looks) > 1:
+            raise ValueError(
+                f"budget must be at most narrow_budget={self.config.narrow_budget:g}, or 1.0, for a model without a "
+                f"head, whose answers cannot be doubted, got {budget!r} with looks {self.config.looks}."
+            )
+        if plan.looks[0].counts is None:
+            return self._run_full(embedded, **kwargs)
+        if self.recorded(kwargs, "output_attentions"):
+            raise ValueError("output_attentions must be False where the narrow encoder runs, got True.")
+        states = [embedded.hidden] if self.recorded(kwargs, "output_hidden_states") else None
+        hidden = self._encode_narrow(embedded, plan.looks[0], masked, states)
+        first, pad = embedded.batch.first(hidden), embedded.batch.pad
+        return BudgetFormerModelOutput(
+            last_hidden_state=pad(hidden),
+            pooler_output=self.narrow.pool(first),  # type: ignore[union-attr]
+            hidden_states=None if states is None else tuple(map(pad, states)),
+            budget=hidden.new_full((embedded.rows,), plan.looks[0].cost, dtype=torch.float32),
+        )
 
-        hidden_states = self.embeddings(
+    def embed(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        budget: Any,
+        executor: str | None,
+        kwargs: dict[str, Any],
+    ) -> Embedded:
+        """Checks the arguments of `forward`, embeds, and takes padding away where nothing stands against it."""
+        _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        tokens: Any = inputs_embeds if input_ids is None else input_ids
+        if budget is not None:
+            _check_budget(budget, len(tokens))
+        masked = self._check_executor(executor) == "masked"
+        hidden = self.embeddings(
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
         )
-        packing = None
-        if executor != "masked" and self._can_pack(kwargs):
-            packing = find_packing(attention_mask, (batch, length), hidden_states.device)
-        outputs = self._encode(hidden_states, attention_mask, packing, executor, requested, **kwargs)
-        if packing is not None and outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(x if x.dim() == 3 else packing.unpack(x) for x in outputs.hidden_states)
-        outputs.head_gates = outputs.head_gates if output_head_gates else None
+        stock_attention = self.config._attn_implementation == "sdpa" and not self.recorded(kwargs, "output_attentions")
+        if masked or not stock_attention or not _values_are_known():
+            return Embedded(hidden, PaddedBatch(attention_mask), len(tokens))
+        packing = find_packing(attention_mask, tuple(tokens.shape[:2]), hidden.device)
+        return Embedded(packing.pack(hidden), packing, len(tokens))
+
+    def recorded(self, kwargs: dict[str, Any], name: str) -> bool:
+        """Whether `output_attentions` or `output_hidden_states` is asked for; a list of layers counts."""
+        asked = kwargs.get(name)
+        return bool(getattr(self.config, name, False) if asked is None else asked is not False)
+
+    def _stock_mask(self, embedded: Embedded) -> torch.Tensor | None:
+        mask: torch.Tensor | None = create_bidirectional_mask(
+            config=self.config, inputs_embeds=embedded.hidden, attention_mask=embedded.batch.layout
+        )
+        return mask
+
+    def _run_full(self, embedded: Embedded, **kwargs: Any) -> BudgetFormerModelOutput:
+        outputs = self._record_full(embedded, **kwargs)
+        pad = embedded.batch.pad
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(x if x is None or x.dim() == 3 else pad(x) for x in outputs.hidden_states)
         return outputs
 
-    def _check_executor(self, executor: str | None) -> str:
-        if executor is None:
-            return self.config.executor
-        if executor not in EXECUTOR_CHOICES:
-            raise ValueError(f"executor must be one of {list(EXECUTOR_CHOICES)}, got {executor!r}.")
-        return executor
+    @capture_outputs
+    def _record_full(self, embedded: Embedded, **kwargs: Any) -> BudgetFormerModelOutput:
+        if isinstance(embedded.batch, PackedBatch):
+            hidden = self.encoder(embedded.hidden, sequences=embedded.batch.sequences)
+        else:
+            hidden = self.encoder(embedded.hidden, attention_mask=self._stock_mask(embedded))
+        first = embedded.batch.first(hidden)
+        return BudgetFormerModelOutput(
+            last_hidden_state=embedded.batch.pad(hidden),
+            pooler_output=None if self.pooler is None else self.pooler(first[:, None]),
+            budget=hidden.new_ones(embedded.rows, dtype=torch.float32),
+        )
 
-    def _can_pack(self, asked: dict[str, Any]) -> bool:
-        recorded = asked.get("output_attentions", getattr(self.config, "output_attentions", False))
-        return _values_are_known() and self.config._attn_implementation == "sdpa" and not recorded
+    def _run_routed(
+        self, embedded: Embedded, budget: float | torch.Tensor | None, **kwargs: Any
+    ) -> tuple[BudgetFormerModelOutput, Routing, torch.Tensor | None]:
+        """With the paper's routers: the outputs, what the routers said, and their terms of the loss."""
+        asked = self.config.looks[0] if budget is None and self.config.looks else budget
+        requested: Any = asked
+        if asked is not None and not isinstance(asked, torch.Tensor):
+            requested = torch.full((embedded.rows,), asked, device=embedded.hidden.device)
+        elif asked is not None:
+            requested = requested.to(embedded.hidden.device, torch.promote_types(requested.dtype, torch.float32))
+        found: list[Any] = []
+        outputs = self._record_routed(embedded, requested, found, **kwargs)
+        routing, loss = found
+        pad = embedded.batch.pad
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(x if x is None or x.dim() == 3 else pad(x) for x in outputs.hidden_states)
+        return outputs, routing, loss
 
     @capture_outputs
-    def _encode(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        packing: Packing | None,
-        executor: str,
-        requested: torch.Tensor | None,
-        **kwargs: Any,
+    def _record_routed(
+        self, embedded: Embedded, requested: torch.Tensor | None, found: list[Any], **kwargs: Any
     ) -> BudgetFormerModelOutput:
-        batch, length = hidden_states.shape[:2]
-        learning = self.training and torch.is_grad_enabled() and self.own_budget is not None
-        budget_logit, target, sampled = self._ask(requested, batch)
-        temperature, noise = (1.0, 0.0) if self.exploration is None else self.exploration()
-        carry = hidden_states.new_full((batch,), 0.5, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
-        if self.training:
-            carry = torch.rand_like(carry)
-        layout: PaddedLayout | Packing
-        if packing is None:
-            token_mask = hidden_states.new_ones(batch, length) if attention_mask is None else attention_mask
-            mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-            )
-            layout = PaddedLayout(mask, token_mask)
-        else:
-            layout, hidden_states, carry = packing, packing.pack(hidden_states), packing.sort(carry)
-            budget_logit = None if budget_logit is None else packing.sort(budget_logit)
-        hidden_states, routing = self.encoder(
-            hidden_states, layout, executor, budget_logit, temperature, noise, carry=carry
-        )
-        gates, need = routing.gates, routing.need
-        if packing is not None:
-            hidden_states, gates, need = packing.unpack(hidden_states), packing.unsort(gates), packing.unsort(need)
-        aux_loss = self._aux_loss(routing, target, sampled) if learning else None
+        mask = None if isinstance(embedded.batch, PackedBatch) else self._stock_mask(embedded)
+        hidden, routing, loss = self.encoder(embedded.hidden, embedded.batch, mask, requested, _values_are_known())
+        found += [routing, loss]
+        first = embedded.batch.first(hidden)
         return BudgetFormerModelOutput(
-            last_hidden_state=hidden_states,
-            pooler_output=None if self.pooler is None else self.pooler(hidden_states),
-            head_budget=gates.detach().mean((1, 2)),
-            head_gates=gates,
-            aux_loss=aux_loss,
-            need=need if learning else None,
+            last_hidden_state=embedded.batch.pad(hidden),
+            pooler_output=None if self.pooler is None else self.pooler(first[:, None]),
+            budget=routing.gates.detach().mean((1, 2)),
+            head_gates=routing.gates,
         )
 
-    def _ask(
-        self, requested: torch.Tensor | None, batch: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """The budget to aim for: a logit (B,), the mean share (1,) to train towards, whether it is a request (1,).
+    def _train(self, embedded: Embedded, look: Look | None, masked: bool, **kwargs: Any) -> BudgetFormerModelOutput:
+        """The full encoder's outputs, with the narrow one's term attached to the hidden states."""
+        outputs = self._run_full(embedded, **kwargs)
+        if self.narrow is None:
+            return outputs
+        look = look if look is not None and look.counts is not None else self.narrow.draw()
+        hidden = self._encode_narrow(embedded.detach(), look, masked)
+        target = outputs.last_hidden_state
+        if isinstance(embedded.batch, PackedBatch):
+            target = embedded.batch.pack(target)
+        divergence = hidden_divergence(hidden, target.detach()) + self.narrow.untouched()
+        self.training_log = {"divergence": divergence.detach(), "budget": divergence.new_tensor(look.cost).detach()}
+        self.narrow.steps += 1
+        return self._attach(outputs, divergence)
 
-        The logit is None where all heads run and nothing is learned: there is nothing to route.
-        """
-        if self.own_budget is None:
-            everything = torch.ones(1, device=self.device)
-            return None, everything, everything.bool()
-        own, least = self.own_budget(), least_budget(self.config)
-        if requested is not None:
-            mean, everything = requested.mean(0, keepdim=True), torch.ones_like(own).bool()
-            if not self.training and _values_are_known() and bool((requested == 1.0).all()):
-                return None, mean, everything
-            # The own budget stays in the graph, or distributed training would wait for its gradient.
-            return budget_to_logit(requested, least) + 0.0 * own, mean, everything
-        target = torch.full_like(own, self.config.target_head_budget or 0.0)
-        if not self.training:
-            return own.expand(batch), target, torch.zeros_like(own).bool()
-        draw, which = torch.rand(2, 1, device=own.device, dtype=own.dtype)
-        sampled = which < self.config.budget_sampling
-        # In (1/H, 1], most of all low: starting from a trained backbone, it is there that there is most to learn.
-        share = self.config.num_attention_heads ** -draw.sqrt()
-        logit = torch.where(sampled, budget_to_logit(share, least), own)
-        return logit.expand(batch), torch.where(sampled, share, target), sampled
-
-    def _aux_loss(self, routing: Routing, target: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-        config, exploration = self.config, self.exploration
-        spent, entropy, progress = routing.budget.mean(), score_entropy(routing.scores), exploration.progress()
-        if config.target_head_budget is None:
-            budget_loss = torch.where(sampled, budget_distance(spent, target.clamp(min=1e-6)), budget_hinge(spent))
-        else:
-            budget_loss = budget_distance(spent, target)
-        budget_loss = budget_loss.mean()
-        self.training_log = {
-            "budget": spent.detach(),
-            "budget_loss": budget_loss.detach(),
-            "entropy": entropy.detach(),
-            "temperature": exploration()[0].detach(),
-            "progress": progress.detach(),
-            **{f"heads/layer_{n:02}": x for n, x in enumerate(routing.gates.detach().mean((0, 2)))},
-        }
-        exploration.steps += 1
-        aux_loss = config.budget_loss_weight * budget_loss + 0.0 * routing.need.sum()  # in the graph, whoever trains it
-        if config.gate_type == "soft":  # the paper's: rewarded while exploring, penalised while exploiting
-            aux_loss = aux_loss + ENTROPY_WEIGHT * (2.0 * progress - 1.0) * entropy
-        return aux_loss
+    def _attach(self, outputs: BudgetFormerModelOutput, loss: torch.Tensor) -> BudgetFormerModelOutput:
+        """Whatever is computed from the outputs trains `loss` too."""
+        outputs.last_hidden_state = attach_loss(outputs.last_hidden_state, loss)  # type: ignore[arg-type]
+        if self.pooler is not None:
+            outputs.pooler_output = self.pooler(outputs.last_hidden_state)
+        return outputs
 
 
 class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
-    """BudgetFormer with the backbone's own classification head: labels for whole inputs, or a regression.
+    """The stock classifier, unchanged, and a narrow encoder that answers for it where it is sure of its answer.
 
-    The head and its parameters' names are those of the stock class, so that checkpoints go both ways.
+    The stock modules and their parameters keep their names, so that checkpoints go both ways; ours are `narrow.*`.
     """
 
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__(config)
         self.num_labels: Any = config.num_labels  # typed as optional upstream
-        backbone = BACKBONES[config.backbone_model_type]
-        setattr(self, backbone.prefix, BudgetFormerModel(config, add_pooling_layer=backbone.reads_pooler))
-        self.classifier = backbone.classifier(config)
-        self.post_init()
+        backbone, pooled = self.backbone, self.backbone.reads_pooler
+        setattr(self, backbone.prefix, BudgetFormerModel(config, add_pooling_layer=pooled, add_narrow=False))
+        if config.full_encoder:
+            if pooled:
+                dropout = config.classifier_dropout
+                self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+            self.classifier = backbone.classifier(config)
+        self.narrow = None if config.router == "layer" else NarrowEncoder(config, pooler=pooled, head=True)
+        self._finish()
 
     @can_return_tuple
     def forward(
@@ -528,94 +593,242 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         teacher_logits: torch.Tensor | None = None,
-        head_budget: float | torch.Tensor | None = None,
-        output_head_gates: bool = False,
+        budget: float | torch.Tensor | None = None,
         executor: str | None = None,
+        output_head_gates: bool = False,
         **kwargs: Any,
     ) -> BudgetFormerClassifierOutput:
-        """Classifies a batch; arguments and errors as in [`BudgetFormerModel.forward`], and labels.
+        """Classifies a batch.
+
+        While training, `loss` is the task loss of the full model, exactly the stock class's, plus the divergence of the
+        narrow encoder, at one budget a step, from what the full model says. The logits are the full model's, and carry
+        the divergence's gradient for a loss that is computed outside.
 
         Args:
             input_ids: (B, L), int64; or else `inputs_embeds`.
-            attention_mask: (B, L), 1 for real tokens and 0 for padding; None: no padding.
+            attention_mask: (B, L), 1 for real tokens and 0 for padding, on whichever side; None: no padding.
             token_type_ids: (B, L), int64.
             position_ids: (B, L), int64.
             inputs_embeds: (B, L, D), float.
             labels: As in the stock classes: (B,) int64 in [0, num_labels) for one label per input (-100 is ignored),
                 (B, num_labels) float for several, (B,) float for a regression with num_labels=1.
-            teacher_logits: (B, num_labels), float: what another model, usually the fine-tuned backbone, says of these
-                inputs (see `tools.training.add_teacher_logits`). While training, `config.distillation_weight` of the
-                loss is the divergence from them; ignored at inference.
-            head_budget: Share of all heads asked for, a float in (0, 1] or a float tensor (B,).
-            output_head_gates: Whether to return `head_gates`.
-            executor: "auto", "sparse" or "masked", see [`BudgetFormerConfig`]; None: `config.executor`.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
+            teacher_logits: (B, num_labels), float: what the full model, or another one, says of these inputs (see
+                `tools.training.add_teacher_logits`). While training with `config.freeze_full` the full model need not
+                run then, and logits are the narrow encoder's; a model that was cut, or with routers in its layers,
+                learns from them. A full model that learns itself teaches itself, and they are ignored, as at inference.
+            budget: Share of the full encoder's work, a float in (0, 1] or a float tensor (B,): up to
+                `config.narrow_budget` the narrow encoder answers alone, 1 is the full model alone, and what lies
+                between is the mean to spend. With `router="layer"` share of the heads. None: `config.looks`. While
+                training: what the narrow encoder trains at, a float.
+            executor: "auto" or "masked", see [`BudgetFormerConfig`]; None: `config.executor`.
+            output_head_gates: Whether to return `head_gates`, with `router="layer"`.
+            **kwargs: `output_hidden_states`, `output_attentions` (of the full encoder, which then runs alone unless a
+                budget is asked for), `return_dict`, as in the stock classes.
+
+        Raises:
+            ValueError: An argument's shape or value is not allowed.
+            TypeError: An argument does not exist.
         """
+        kwargs.pop("return_dict", None)
+        base: Any = self.base_model
         if labels is not None:
             self._check_labels(labels)
-        encoder: Any = self.base_model
-        outputs = encoder(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            head_budget=head_budget,
-            output_head_gates=output_head_gates,
-            executor=executor,
-            return_dict=True,
-            **kwargs,
+        embedded = base.embed(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, budget, executor, kwargs
         )
         if teacher_logits is not None:
-            self._check_teacher_logits(teacher_logits, len(outputs.last_hidden_state))
-        reads_pooler = BACKBONES[self.config.backbone_model_type].reads_pooler
-        logits = self.classifier(outputs.pooler_output if reads_pooler else outputs.last_hidden_state)
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        aux_loss = outputs.aux_loss
+            self._check_teacher_logits(teacher_logits, embedded.rows)
+        if self.config.router == "layer":
+            outputs = self._classify_routed(embedded, budget, labels, teacher_logits, **kwargs)
+            outputs.head_gates = outputs.head_gates if output_head_gates else None
+            return outputs
+        masked = self._check_executor(executor) == "masked"
         if self.training and torch.is_grad_enabled():
-            loss, aux_loss = self._training_loss(loss, aux_loss, logits, labels, teacher_logits, outputs.need)
-            if loss is None and aux_loss is not None:
-                logits = attach_loss(logits, aux_loss)
+            return self._train(embedded, budget, labels, teacher_logits, masked, **kwargs)
+        recorded = base.recorded(kwargs, "output_hidden_states") or base.recorded(kwargs, "output_attentions")
+        plans = self._plan(budget, recorded)
+        if recorded:
+            outputs = self._record(embedded, plans, masked, **kwargs)
+        elif isinstance(plans, Plan):
+            logits, spent = self._look(embedded, plans.looks, plans.thresholds, masked)
+            outputs = BudgetFormerClassifierOutput(logits=logits, budget=spent)
+        else:
+            logits, spent = self._look_in_groups(embedded, plans, masked)
+            outputs = BudgetFormerClassifierOutput(logits=logits, budget=spent)
+        outputs.loss = self._task_loss(outputs.logits, labels)
+        return outputs
+
+    def _task_loss(self, logits: Any, labels: torch.Tensor | None) -> Any:
+        return None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+
+    def _read(self, outputs: BudgetFormerModelOutput) -> torch.Tensor:
+        """Logits of the full model."""
+        if self.backbone.reads_pooler:
+            logits: torch.Tensor = self.classifier(self.dropout(outputs.pooler_output))
+        else:
+            logits = self.classifier(outputs.last_hidden_state)
+        return logits
+
+    def _answer(self, embedded: Embedded, look: Look, masked: bool) -> torch.Tensor:
+        """Logits (b, num_labels) of one look."""
+        if look.counts is None:
+            return self._read(self.base_model(embedded=embedded))
+        hidden = self._encode_narrow(embedded, look, masked)
+        answer: torch.Tensor = self.narrow.answer(embedded.batch.first(hidden))  # type: ignore[union-attr]
+        return answer
+
+    def _look(
+        self, embedded: Embedded, looks: Sequence[Look], thresholds: Sequence[float | torch.Tensor], masked: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, num_labels) and budgets (B,) of looks, each at the inputs that the one before left in doubt."""
+        logits = self._answer(embedded, looks[0], masked)
+        spent = logits.new_full((embedded.rows,), looks[0].cost, dtype=torch.float32)
+        doubted, answer = torch.arange(embedded.rows, device=logits.device), logits
+        for look, threshold in zip(looks[1:], thresholds, strict=True):
+            if isinstance(threshold, torch.Tensor):
+                threshold = threshold.to(logits.device)[doubted]
+            rows = (confidence(answer, self.config.problem_type) < threshold).nonzero()[:, 0]
+            if not len(rows):
+                break
+            embedded, doubted = embedded if len(rows) == embedded.rows else embedded.select(rows), doubted[rows]
+            answer = self._answer(embedded, look, masked)
+            logits = logits.index_copy(0, doubted, answer)
+            spent = spent.index_add(0, doubted, spent.new_full((len(rows),), look.cost))
+        return logits, spent
+
+    def _look_in_groups(
+        self, embedded: Embedded, plans: list[Plan], masked: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_look`, with looks of each input's own: those that have the same looks share them."""
+        groups: dict[tuple[Look, ...], list[int]] = {}
+        for row, plan in enumerate(plans):
+            groups.setdefault(plan.looks, []).append(row)
+        parts = []
+        for looks, members in groups.items():
+            thresholds = [
+                torch.tensor([plans[row].thresholds[number] for row in members]) for number in range(len(looks) - 1)
+            ]
+            parts.append(self._look(embedded.select(torch.tensor(members)), looks, thresholds, masked))
+        order = torch.tensor([row for members in groups.values() for row in members])
+        logits = torch.cat([part for part, _ in parts])
+        spent = torch.cat([part for _, part in parts])
+        place = order.argsort().to(logits.device)
+        return logits[place], spent[place]
+
+    def _record(self, embedded: Embedded, plan: Any, masked: bool, **kwargs: Any) -> BudgetFormerClassifierOutput:
+        """One look with its hidden states, or the full model's with its attentions."""
+        if isinstance(plan, list) or len(plan.looks) > 1:
+            raise ValueError("output_hidden_states and output_attentions need one look for all, got several: set budget.")
+        [look] = plan.looks
+        if look.counts is None:
+            outputs = self.base_model(embedded=embedded, **kwargs)
+            return BudgetFormerClassifierOutput(
+                logits=self._read(outputs),
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+                budget=outputs.budget,
+            )
+        if self.base_model.recorded(kwargs, "output_attentions"):
+            raise ValueError("output_attentions must be False where the narrow encoder answers, got True.")
+        states = [embedded.hidden]
+        hidden = self._encode_narrow(embedded, look, masked, states)
+        return BudgetFormerClassifierOutput(
+            logits=self.narrow.answer(embedded.batch.first(hidden)),  # type: ignore[union-attr]
+            hidden_states=tuple(map(embedded.batch.pad, states)),
+            budget=hidden.new_full((embedded.rows,), look.cost, dtype=torch.float32),
+        )
+
+    def _problem_type(self, labels: torch.Tensor | None) -> str:
+        if self.config.problem_type is None and labels is not None and self.num_labels > 1:
+            return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        return self.config.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+
+    def _train(
+        self,
+        embedded: Embedded,
+        budget: float | torch.Tensor | None,
+        labels: torch.Tensor | None,
+        teacher_logits: torch.Tensor | None,
+        masked: bool,
+        **kwargs: Any,
+    ) -> BudgetFormerClassifierOutput:
+        """One step's loss: the full model's, where it runs, and the narrow encoder's."""
+        config: Any = self.config
+        narrow: Any = self.narrow
+        if isinstance(budget, torch.Tensor) or (budget is not None and budget > config.narrow_budget):
+            raise ValueError(f"budget must be a float of at most {config.narrow_budget:g} in training, got {budget}.")
+        problem_type = self._problem_type(labels)
+        outputs, logits, loss = BudgetFormerClassifierOutput(), None, None
+        runs_full = config.full_encoder and not (config.freeze_full and teacher_logits is not None)
+        target = teacher_logits
+        if runs_full:
+            found = self.base_model(embedded=embedded, **kwargs)
+            logits, outputs.hidden_states, outputs.attentions = self._read(found), found.hidden_states, found.attentions
+            loss, target = self._task_loss(logits, labels), logits.detach()
+        if budget is not None:
+            look = narrow.order.look(budget)
+        else:
+            look = narrow.draw() if config.full_encoder else narrow.widest
+        hidden = self._encode_narrow(embedded.detach() if config.full_encoder else embedded, look, masked)
+        answer = narrow.answer(embedded.batch.first(hidden))
+        if not config.full_encoder:
+            loss = self._task_loss(answer, labels)
+        log = {"budget": answer.new_tensor(look.cost)}
+        if loss is not None:
+            log["task_loss"] = loss.detach()
+        own_loss = narrow.untouched()
+        if target is not None:
+            divergence = teacher_divergence(answer, target, problem_type).mean()
+            log["divergence"] = divergence.detach()
+            own_loss = own_loss + divergence
+        if not config.full_encoder and target is not None:  # the labels and the teacher share the loss
+            own_loss = config.distillation_weight * own_loss
+            loss = None if loss is None else (1.0 - config.distillation_weight) * loss
+        narrow.steps += 1
+        self.training_log = log
+        if loss is not None:
+            outputs.loss = loss + own_loss
+        elif config.freeze_full or not config.full_encoder:  # rows without labels teach the narrow encoder too
+            outputs.loss = own_loss if target is not None else None
+        outputs.logits = attach_loss(answer if logits is None else logits, own_loss)
+        if outputs.hidden_states is not None:
+            last = attach_loss(outputs.hidden_states[-1], own_loss)
+            outputs.hidden_states = (*outputs.hidden_states[:-1], last)
+        outputs.budget = answer.new_full((embedded.rows,), look.cost + runs_full, dtype=torch.float32)
+        return outputs
+
+    def _classify_routed(
+        self,
+        embedded: Embedded,
+        budget: float | torch.Tensor | None,
+        labels: torch.Tensor | None,
+        teacher_logits: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> BudgetFormerClassifierOutput:
+        """With the paper's routers."""
+        base: Any = self.base_model
+        found, routing, routers_loss = base._run_routed(embedded, budget, **kwargs)
+        logits = self._read(found)
+        loss = self._task_loss(logits, labels)
+        if routers_loss is not None:
+            log = base.encoder.training_log
+            if loss is not None:
+                log["task_loss"] = loss.detach()
+            if loss is not None and teacher_logits is not None:
+                loss = (1.0 - self.config.distillation_weight) * loss
+            problem_type = self._problem_type(labels)
+            own = base.encoder.answer_loss(logits, labels, teacher_logits, routing.need, problem_type) + routers_loss
+            loss = None if loss is None else loss + own
+            logits = attach_loss(logits, own)
+            self.training_log = log
         return BudgetFormerClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            head_budget=outputs.head_budget,
-            head_gates=outputs.head_gates,
-            aux_loss=aux_loss,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+            budget=found.budget,
+            head_gates=found.head_gates,
         )
-
-    def _training_loss(
-        self,
-        loss: torch.Tensor | None,
-        aux_loss: torch.Tensor | None,
-        logits: torch.Tensor,
-        labels: torch.Tensor | None,
-        teacher_logits: torch.Tensor | None,
-        need: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The loss with all its terms, None without labels, and the terms that are not the task's."""
-        encoder: Any = self.base_model
-        log = encoder.training_log
-        problem_type = self.config.problem_type or ("regression" if self.num_labels == 1 else "")
-        if loss is not None:
-            log["task_loss"] = loss.detach()
-        cost = None if labels is None else task_cost(logits.detach(), labels, problem_type)
-        if teacher_logits is not None:
-            cost = teacher_divergence(logits, teacher_logits, problem_type)
-            log["distillation_loss"] = cost.detach().mean()
-            distilled = self.config.distillation_weight * cost.mean()
-            aux_loss = distilled if aux_loss is None else aux_loss + distilled
-            loss = None if loss is None else (1.0 - self.config.distillation_weight) * loss
-        if need is not None and cost is not None and self.config.need_scale:
-            regression = need_loss(need, cost)
-            log["need_loss"] = regression.detach()
-            aux_loss = regression if aux_loss is None else aux_loss + regression
-        return loss if loss is None or aux_loss is None else loss + aux_loss, aux_loss
 
     def _check_teacher_logits(self, teacher_logits: torch.Tensor, batch: int) -> None:
         if teacher_logits.shape != (batch, self.num_labels) or not teacher_logits.is_floating_point():

@@ -5,11 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import IterableDataset
 from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -18,30 +15,27 @@ from transformers import (
     TrainingArguments,
 )
 
-from .baselines import head_importance
-from .data import batches_by_length, weights_digest
+from ..budgets import has_confidence
+from .batching import batches_by_length
+from .checkpoints import load_trained, weights_digest
+from .narrowing import order_units
+from .tuning import calibrate_margins
 
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
-# Standard deviations of log importance become this many units of a head's score; noise on scores begins at half a unit.
-_RANK_SCALE = 3.0
 # Rows, evenly spaced, that importance is estimated from.
-_RANK_ROWS = 256
+_ORDER_ROWS = 256
 
 
-def _find_encoder(model: nn.Module) -> Any:
+def _find_model(model: nn.Module) -> Any:
+    """The outermost BudgetFormer model in a module: a task's, or an encoder alone."""
     # By attribute, for a model loaded from the Hub with its own code is of another class than the installed one.
     for module in model.modules():
-        if getattr(module, "exploration", None) is not None and hasattr(module, "training_log"):
+        if hasattr(module, "training_log") and hasattr(module, "give_birth"):
             return module
-    raise TypeError(f"BudgetCallback needs a BudgetFormer model with routers, got {type(model).__name__}.")
-
-
-def _find_classifier(model: nn.Module, encoder: Any) -> Any:
-    owners = (x for x in model.modules() if isinstance(x, PreTrainedModel) and x is not encoder)
-    return next((x for x in owners if x.base_model is encoder), None)
+    raise TypeError(f"BudgetCallback needs a BudgetFormer model, got {type(model).__name__}.")
 
 
 def _has_labels(batch: Mapping[str, torch.Tensor], config: Any) -> bool:
@@ -56,66 +50,40 @@ def _some_batches(loader: Any, size: int, device: torch.device) -> list[dict[str
     dataset: Any = getattr(loader, "dataset", None)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return []
-    rows = torch.linspace(0, len(dataset) - 1, min(_RANK_ROWS, len(dataset))).long().tolist()
+    rows = torch.linspace(0, len(dataset) - 1, min(_ORDER_ROWS, len(dataset))).long().tolist()
     chunks = (loader.collate_fn([dataset[row] for row in rows[at : at + size]]) for at in range(0, len(rows), size))
     return [{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in chunk.items()} for chunk in chunks]
 
 
-def rank_heads(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-    """Lets a model that has not been trained yet begin with its most important heads, rather than with any.
-
-    Every scorer's bias becomes the logarithm of the heads' importance, standardised within the layer. Training then
-    changes the order, for each input. `BudgetCallback` calls it; a loop of your own may, before its first step.
-
-    Args:
-        model: A BudgetFormer classifier with routers, on a fine-tuned backbone.
-        batches: What `forward` takes, with labels: a few hundred rows are enough.
-
-    Raises:
-        ValueError: The model is no BudgetFormer or has no routers, or a batch has no labels.
-    """
-    if getattr(model.config, "static_heads", None) is not None:  # before the work; other models are refused by it
-        raise ValueError("model must have routers, the heads of this one are static.")
-    importance = head_importance(model, batches).clamp(min=1e-6).log()
-    spread = importance.std(-1, correction=0, keepdim=True).clamp(min=1e-6)
-    scores = _RANK_SCALE * (importance - importance.mean(-1, keepdim=True)) / spread
-    for layer, row in zip(model.base_model.encoder.layer, scores, strict=True):
-        scorer = layer.router.scorer
-        value = (row / scorer.multiplier).to(scorer.bias.dtype)
-        if isinstance(scorer.bias, DTensor):  # FSDP2
-            value = distribute_tensor(value, scorer.bias.device_mesh, scorer.bias.placements)
-        with torch.no_grad():
-            scorer.bias.copy_(value)
-
-
 class BudgetCallback(TrainerCallback):
-    """Ranks heads before the first step, anneals over the whole training, and logs the parts of the loss.
+    """Orders units before the first step, stores margins after the last one, and logs the parts of the loss.
 
-    Training starts from the importance of each head for the labels of up to 256 training rows, see `rank_heads`; a
-    model that was trained before or is resumed stays as it is, as where batches have no `labels` that the model's own
-    loss takes, or the data are a stream.
+    Before: the narrow encoder is born from the units that matter most to the labels of up to 256 training rows, see
+    `tools.narrowing.order_units`. A model that was trained before or is resumed stays as it is; where batches have no
+    `labels` that the model's own loss takes, or the data are a stream, it stays as it was loaded, born by the norms of
+    its weights.
 
-    Without it the model anneals by counting its own forward passes up to `config.exploration_steps`. With it, progress
-    is the Trainer's global step over its last step, exact under gradient accumulation too; `config.exploration_steps`
-    is set to that last step.
+    After: where the Trainer has an evaluation set, `tools.tuning.calibrate_margins` measures on it how sure the first
+    look is, so that budgets between `config.narrow_budget` and 1 can be asked for.
 
-    Logged at every logging step of the Trainer, from the latest forward pass: `task_loss` (where the model sees the
-    labels), `distillation_loss` (with `teacher_logits`), `need_loss`, `budget` (mean share of heads), `budget_loss`,
-    `entropy`, `temperature`, `progress`, and for each layer the share of its heads that ran: `heads/layer_00` and on.
+    Logged at every logging step of the Trainer, from the latest forward pass: `task_loss` (where the full model sees
+    labels), `divergence` (of the narrow encoder from the full one), `budget` (what it ran at). With `router="layer"`
+    also `distillation_loss`, `need_loss`, `budget_loss`, `entropy`, `temperature`, `progress`, and for each layer the
+    share of its heads that ran, `heads/layer_00` and on; exploration then lasts as long as the training.
 
     ```python
-    trainer = Trainer(model, args, train_dataset=train, callbacks=[BudgetCallback()])
+    trainer = Trainer(model, args, train_dataset=train, eval_dataset=validation, callbacks=[BudgetCallback()])
     ```
 
     Reporting integrations (TensorBoard and others named in `report_to`) run before callbacks given this way; to reach
     them too, call `BudgetCallback().attach(trainer)` instead.
 
     Args:
-        rank: Whether heads are ranked. Not where the encoder has yet to learn what its heads are for.
+        order: Whether units are ordered. Not where the encoder has yet to learn what its units are for.
     """
 
-    def __init__(self, rank: bool = True) -> None:
-        self.rank = rank
+    def __init__(self, order: bool = True) -> None:
+        self.order = order
 
     def attach(self, trainer: Trainer) -> "BudgetCallback":
         """Adds this callback to `trainer`, before those that report logs elsewhere; returns it."""
@@ -125,26 +93,41 @@ class BudgetCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lets exploration last as long as the training, and ranks the heads of a model that begins."""
-        encoder = _find_encoder(kwargs["model"])
-        encoder.config.exploration_steps = state.max_steps
-        model = _find_classifier(kwargs["model"], encoder)
-        if self.rank and model is not None and state.global_step == 0 and encoder.exploration.steps == 0:
-            batches = _some_batches(kwargs.get("train_dataloader"), args.per_device_train_batch_size, model.device)
-            if batches and all(_has_labels(batch, model.config) for batch in batches):
-                rank_heads(model, batches)
+        """Orders the units of a model that begins."""
+        model = _find_model(kwargs["model"])
+        if model.config.router == "layer":
+            model.config.exploration_steps = state.max_steps
+            return
+        begins = state.global_step == 0 and not model.is_trained()
+        if not (self.order and begins and hasattr(model, "classifier")):
+            return
+        batches = _some_batches(kwargs.get("train_dataloader"), args.per_device_train_batch_size, args.device)
+        if batches and all(_has_labels(batch, model.config) for batch in batches):
+            order_units(model, batches)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Sets the schedule to the Trainer's step."""
-        _find_encoder(kwargs["model"]).exploration.steps.fill_(state.global_step)
+        """Sets the exploration of `router="layer"` to the Trainer's step."""
+        model = _find_model(kwargs["model"])
+        if model.config.router == "layer":
+            model.base_model.encoder.exploration.steps.fill_(state.global_step)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Takes back the count of a micro-batch."""
         self.on_step_begin(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stores the margins of the first look, where there are rows to measure them on."""
+        model = _find_model(kwargs["model"])
+        rows = kwargs.get("eval_dataloader")
+        doubtful = model.config.full_encoder and has_confidence(model.config)
+        if rows is not None and model.narrow is not None and model.narrow.head is not None and doubtful:
+            calibrate_margins(model, rows)
 
     def on_log(
         self,
@@ -157,7 +140,7 @@ class BudgetCallback(TrainerCallback):
         """Adds the parts of the loss to the training logs."""
         if logs is None or "loss" not in logs:
             return
-        parts = {name: round(value.item(), 4) for name, value in _find_encoder(kwargs["model"]).training_log.items()}
+        parts = {name: round(value.item(), 4) for name, value in _find_model(kwargs["model"]).training_log.items()}
         logs.update(parts)
         state.log_history[-1].update(parts)  # the Trainer copied the logs into its history before this call
 
@@ -193,7 +176,8 @@ def add_teacher_logits(
         The data set with one column more: lists of num_labels floats.
 
     Raises:
-        ValueError: The rows are neither tokenized nor texts, or have such a column already.
+        ValueError: The rows are neither tokenized nor texts, or have such a column already, or the teacher's head has
+            not been trained.
     """
     from datasets.fingerprint import Hasher  # type: ignore[import-untyped]  # here, for it takes long to import
 
@@ -202,14 +186,15 @@ def add_teacher_logits(
         raise ValueError(f"dataset must not have a column 'teacher_logits' yet, got the columns {columns}.")
     if not {"input_ids", "text"} & set(columns):
         raise ValueError(f"dataset must have a column 'input_ids' or 'text', got the columns {columns}.")
-    if not isinstance(teacher, nn.Module):
-        teacher = AutoModelForSequenceClassification.from_pretrained(teacher)
-    model: Any = teacher
+    model: Any = teacher if isinstance(teacher, nn.Module) else load_trained(teacher)
+
+    ours = model.config.model_type == "budgetformer" and model.config.router == "look" and model.config.full_encoder
+    asks = {"budget": 1.0} if ours else {}  # what the full model says
 
     def ask(rows: dict[str, list[Any]]) -> dict[str, list[list[float]]]:
         logits: list[list[float]] = [[] for _ in next(iter(rows.values()))]
         for places, batch in batches_by_length(rows, tokenizer, batch_size, max_length):
-            for place, answer in zip(places, model(**batch.to(model.device)).logits.float().tolist(), strict=True):
+            for place, answer in zip(places, model(**batch.to(model.device), **asks).logits.float().tolist(), strict=True):
                 logits[place] = answer
         return {"teacher_logits": logits}
 
@@ -223,4 +208,4 @@ def add_teacher_logits(
         model.train(was_training)
 
 
-__all__ = ["BudgetCallback", "add_teacher_logits", "rank_heads"]
+__all__ = ["BudgetCallback", "add_teacher_logits"]

@@ -1,12 +1,12 @@
-"""The smallest head budget that keeps a classifier's accuracy, found on as few evaluations as the answer needs."""
+"""How sure a first look is, and the smallest budget that keeps accuracy, found on as few evaluations as it takes."""
 
 import bisect
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,9 +14,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..budgets import confidence as margin_of
+from ..budgets import first_look_budget, has_confidence, plan_budget
 from ..configuration_budgetformer import is_share
-from .data import batches_by_length, check_batch_size, check_classifier, label_ids
-from .profiling import profile
+from .batching import batches_by_length, check_batch_size
+from .checkpoints import check_classifier
+from .tables import label_ids
 
 
 if TYPE_CHECKING:
@@ -28,19 +31,60 @@ _BETS = np.linspace(0.05, 0.95, 10)
 # Standard errors by which the rows to come may turn out better than those seen before a test is given up: less saves
 # more evaluations and finds larger budgets.
 _OPTIMISM = 1.25
+# Quantiles of the margin that are stored.
+_QUANTILES = 101
+# Candidates above the narrow budget: means to spend.
+_MEAN_BUDGETS = (0.3, 0.35, 0.4, 0.5, 0.6, 0.75)
+
+
+@torch.no_grad()
+def calibrate_margins(
+    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], budget: float | None = None
+) -> None:
+    """Stores how sure the first look is of its answers, so that budgets in between can be asked for.
+
+    A budget between `config.narrow_budget` and 1 is a mean: the share of inputs that the full encoder may look at are
+    those with the smallest margins, by the quantiles stored here in `config.margins`. No labels are needed.
+
+    Args:
+        model: A BudgetFormer classifier with a narrow encoder; asked in eval mode, and left in the mode it was in.
+        batches: What `forward` takes, a few hundred rows like those to come; labels are ignored.
+        budget: Of the first look, at most `config.narrow_budget`. None: the first of `config.looks`, or 1/6.
+
+    Raises:
+        ValueError: The model is of another kind, or there is no batch.
+    """
+    ours: Any = model
+    check_classifier(model)
+    if ours.narrow is None or not ours.config.full_encoder or not has_confidence(ours.config):
+        raise ValueError("model must look twice: with a narrow encoder beside a full one, and labels to choose from.")
+    budget = first_look_budget(ours.config) if budget is None else budget
+    found, was_training = [], model.training
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = {name: x for name, x in batch.items() if name not in ("label", "labels", "teacher_logits")}
+            device = ours.narrow.steps.device
+            inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+            found.append(margin_of(ours(**inputs, budget=budget).logits, ours.config.problem_type).cpu())
+    finally:
+        model.train(was_training)
+    if not found:
+        raise ValueError("batches must hold at least one batch, got none.")
+    quantiles = torch.cat(found).double().quantile(torch.linspace(0, 1, _QUANTILES).double())
+    ours.config.margins = {"budget": budget, "quantiles": [round(x, 6) for x in quantiles.tolist()]}
 
 
 @dataclass(frozen=True)
 class BudgetTest:
-    """What was found out about one budget, a share of the heads asked for.
+    """What was found out about one budget that was asked for.
 
     Attributes:
         rows: Inputs evaluated at it.
-        difference: Accuracy lost on them: mean of (right with all heads) - (right at this budget), in [-1, 1].
+        difference: Accuracy lost on them: mean of (right in full) - (right at this budget), in [-1, 1].
         interval: Bounds of the accuracy lost on inputs like these; each of the two holds with the confidence asked for.
         decision: Whether the accuracy lost is "within" the tolerance, "exceeds" it, or is "undecided".
-        heads: Mean share of the heads that ran.
-        flops: FLOPs over those with all heads, on one batch of middling length, if asked for.
+        spent: Mean share of the full model's work.
     """
 
     budget: float
@@ -48,8 +92,7 @@ class BudgetTest:
     difference: float
     interval: tuple[float, float]
     decision: str
-    heads: float | None = None
-    flops: float | None = None
+    spent: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +100,10 @@ class TunedBudget:
     """The answer of `tune_budget`: the smallest budget found to be within the tolerance, 1.0 if none below is.
 
     Attributes:
-        accuracy: With all heads, on the rows that were looked at.
+        accuracy: Of the full model, on the rows that were looked at.
         curve: The budgets that were tested, rising.
-        evaluations: Inputs run through the model, with all heads too; not counted is the batch that FLOPs are read off.
-        grid_evaluations: Inputs that all budgets, and all heads, on all rows would have taken.
+        evaluations: Inputs run through the model, in full too.
+        grid_evaluations: Inputs that all budgets on all rows would have taken.
         settings: What was asked for.
     """
 
@@ -82,13 +125,12 @@ class TunedBudget:
         return cls(**{**values, "curve": curve})
 
     def __str__(self) -> str:
-        lines = [f"{'budget':>6}{'heads':>8}{'FLOPs':>8}{'rows':>8}  {'points lost':<23}decision"]
+        lines = [f"{'budget':>6}{'spent':>8}{'rows':>8}  {'points lost':<23}decision"]
         for test in self.curve:
-            flops = "-" if test.flops is None else f"{test.flops:.1%}"
             low, high = test.interval
             lost = f"{100 * test.difference:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
-            lines.append(f"{test.budget:>6.3f}{test.heads:>8.1%}{flops:>8}{test.rows:>8}  {lost:<23}{test.decision}")
-        asked = f"within {100 * self.settings['tolerance']:g} points of all heads ({self.accuracy:.1%})"
+            lines.append(f"{test.budget:>6.3f}{test.spent:>8.3f}{test.rows:>8}  {lost:<23}{test.decision}")
+        asked = f"within {100 * self.settings['tolerance']:g} points of the full model ({self.accuracy:.1%})"
         lines.append(f"smallest budget {asked}, confidence {self.settings['confidence']:g}: {self.budget:.3f}")
         share = self.evaluations / self.grid_evaluations
         return "\n".join([*lines, f"{self.evaluations} evaluations, {share:.1%} of the full grid"])
@@ -143,7 +185,7 @@ def race(
 
     Args:
         losses: Takes a budget and the next rows, positions in the shuffled sample and the same for every budget; gives
-            (rows,) integers in {-1, 0, 1}: (right with all heads) - (right at the budget).
+            (rows,) integers in {-1, 0, 1}: (right in full) - (right at the budget).
         budgets: Candidates in (0, 1]; 1.0 needs no test.
         rows: Size of the sample.
         tolerance: Mean loss allowed, in (0, 1).
@@ -196,10 +238,24 @@ def race(
     return [*candidates, 1.0][high], tests
 
 
-def _check_model(model: Any) -> None:
-    check_classifier(model)
-    if model.config.static_heads is not None:
-        raise ValueError("model must choose its heads, got one cut down to static heads, which takes no budget.")
+def candidate_budgets(config: Any) -> list[float]:
+    """What `tune_budget` looks among: thirds of the narrow budget, and means to spend above it."""
+    narrow = [config.narrow_budget * share for share in (1 / 3, 2 / 3, 1.0)]
+    return narrow + [budget for budget in _MEAN_BUDGETS if budget > config.narrow_budget]
+
+
+def set_budget(config: Any, order: Any, budget: float) -> None:
+    """Makes a budget what a plain call spends: sets `config.looks` and `config.confidence`.
+
+    Args:
+        config: A `BudgetFormerConfig`; changed.
+        order: The model's opening order, `model.narrow.order`.
+        budget: As in a call.
+    """
+    plan = plan_budget(config, order, budget)
+    looks = [budget] if len(plan.looks) == 1 else [config.margins["budget"], 1.0]
+    config.confidence, config.looks = None, looks
+    config.confidence = list(plan.thresholds) or None
 
 
 def tune_budget(
@@ -211,14 +267,14 @@ def tune_budget(
     confidence: float = 0.95,
     batch_size: int = 32,
     seed: int = 0,
-    cost: Literal["heads", "flops"] = "heads",
     max_length: int | None = None,
     futility: bool = True,
     write: bool = False,
 ) -> TunedBudget:
-    """Finds the smallest head budget that keeps accuracy within `tolerance` of all heads, with `confidence`.
+    """Finds the smallest budget that keeps accuracy within `tolerance` of the full model, with `confidence`.
 
-    The method, and what it promises where accuracy does not rise with the budget, is that of `race`.
+    The method, and what it promises where accuracy does not rise with the budget, is that of `race`. Margins of the
+    first look that are not stored yet are calibrated on the rows, see `calibrate_margins`.
 
     ```python
     print(tune_budget(model, data["validation"], tokenizer, write=True))
@@ -226,74 +282,72 @@ def tune_budget(
     ```
 
     Args:
-        model: A BudgetFormer classifier, one label for each input; its weights and mode stay as they are.
-        dataset: Rows that the model was not trained on, as in `tools.data.label_ids`: tokenized, or texts in the
+        model: A BudgetFormer classifier that looks twice, one label for each input; weights and mode stay as they are.
+        dataset: Rows that the model was not trained on, as in `tools.tables.label_ids`: tokenized, or texts in the
             columns `text` and, for pairs, `text_pair`.
         tokenizer: Of the model.
-        budgets: Candidates in (0, 1]; the fewer, the fewer rows it takes. None: multiples of one head in each layer.
+        budgets: Candidates in (0, 1]; the fewer, the fewer rows it takes. None: see `candidate_budgets`.
         tolerance: Accuracy that may be lost, as a fraction: 0.005 is half a point.
         confidence: In (0, 1).
         batch_size: Rows the model reads at a time, >= 1; sorted by length within eight batches.
         seed: Of the order in which rows are looked at.
-        cost: What the curve tells: "heads", the share that ran, or "flops" too.
         max_length: Tokens kept of a text; only for rows that are not tokenized yet. None: all the tokenizer allows.
         futility: As in `race`.
-        write: Whether to set `model.config.head_budget` to the answer.
+        write: Whether plain calls spend the answer from now on, see `set_budget`.
 
     Raises:
         ValueError: An argument is not allowed, or the rows are too few to show the tolerance at all.
     """
-    _check_model(model)
-    ours = cast(Any, model)
+    ours: Any = model
+    check_classifier(model)
+    if ours.narrow is None or not ours.config.full_encoder:
+        raise ValueError("model must have a narrow encoder beside a full one (router='look', not cut).")
     labels = label_ids(dataset, ours.config)
     check_batch_size(batch_size)
-    if cost not in ("heads", "flops"):
-        raise ValueError(f"cost must be 'heads' or 'flops', got {cost!r}.")
-    heads = ours.config.num_attention_heads
-    budgets = [(n + 1) / heads for n in range(heads)] if budgets is None else list(budgets)
+    budgets = candidate_budgets(ours.config) if budgets is None else list(budgets)
     settings = {"tolerance": tolerance, "confidence": confidence, "budgets": budgets, "rows": len(dataset)}
-    settings |= {"batch_size": batch_size, "seed": seed, "cost": cost, "max_length": max_length, "futility": futility}
+    settings |= {"batch_size": batch_size, "seed": seed, "max_length": max_length, "futility": futility}
     plain, chunk = dataset.with_format(None), 8 * batch_size
     order = np.random.default_rng(seed).permutation(len(dataset))
-    log: dict[float, list[np.ndarray]] = defaultdict(list)  # by budget: (2, B), heads used and whether right
+    log: dict[float, list[np.ndarray]] = defaultdict(list)  # by budget: (2, B), spent and whether right
+
+    def batches(rows: Iterable[int]) -> list[tuple[Any, np.ndarray]]:
+        chosen = order[list(rows)]
+        found = batches_by_length(plain[chosen.tolist()], tokenizer, batch_size, max_length)
+        return [(batch.to(ours.device), labels[chosen[places]]) for places, batch in found]
 
     def answer(batch: Any, expected: np.ndarray, budget: float) -> np.ndarray:
-        out = ours(**batch, head_budget=budget)
+        out = ours(**batch, budget=budget)
         right = out.logits.argmax(-1).cpu().numpy() == expected
-        log[budget].append(np.stack([out.head_budget.float().cpu().numpy(), right]))
+        log[budget].append(np.stack([out.budget.float().cpu().numpy(), right]))
         bar.update(len(right))
         return right.astype(int)
 
     @functools.cache
     def read(rows: range) -> list[tuple[Any, np.ndarray, np.ndarray]]:
-        chosen = order[rows.start : rows.stop]
-        batches = batches_by_length(plain[chosen.tolist()], tokenizer, batch_size, max_length)
-        found = [(batch.to(ours.device), labels[chosen[places]]) for places, batch in batches]
-        return [(batch, expected, answer(batch, expected, 1.0)) for batch, expected in found]
+        return [(batch, expected, answer(batch, expected, 1.0)) for batch, expected in batches(rows)]
 
     def losses(budget: float, rows: range) -> np.ndarray:
         return np.concatenate([right - answer(batch, expected, budget) for batch, expected, right in read(rows)])
 
-    was_training = model.training
+    before, was_training = ours.config.margins, model.training
     model.eval()
     bar = logging.tqdm(desc="Tuning", unit=" evaluations", leave=False, disable=None)
     try:
         with torch.no_grad(), bar:
+            if before is None:
+                calibrate_margins(model, (batch for batch, _ in batches(range(min(len(dataset), 4 * chunk)))))
             budget, tests = race(losses, budgets, len(dataset), tolerance, confidence, chunk, futility)
             seen = {asked: np.concatenate(parts, axis=1) for asked, parts in log.items()}
-            curve = [
-                replace(test, heads=float(seen[test.budget][0].mean()))
-                for test in sorted(tests, key=lambda test: test.budget)
-            ]
-            if cost == "flops":
-                first = read(range(min(chunk, len(dataset))))
-                batch = first[len(first) // 2][0]
-                flops = [sum(profile(model, batch, x).sparse.values()) for x in (1.0, *(test.budget for test in curve))]
-                curve = [replace(test, flops=x / flops[0]) for test, x in zip(curve, flops[1:], strict=True)]
+            if write:
+                set_budget(ours.config, ours.narrow.order, budget)
     finally:
         model.train(was_training)
-    if write:
-        ours.config.head_budget = budget
+        if not write:
+            ours.config.margins = before
+    curve = [
+        replace(test, spent=float(seen[test.budget][0].mean())) for test in sorted(tests, key=lambda test: test.budget)
+    ]
     return TunedBudget(
         budget=budget,
         accuracy=float(seen[1.0][1].mean()),
@@ -304,4 +358,12 @@ def tune_budget(
     )
 
 
-__all__ = ["BudgetTest", "TunedBudget", "race", "tune_budget"]
+__all__ = [
+    "BudgetTest",
+    "TunedBudget",
+    "calibrate_margins",
+    "candidate_budgets",
+    "race",
+    "set_budget",
+    "tune_budget",
+]

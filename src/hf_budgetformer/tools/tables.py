@@ -1,27 +1,16 @@
-"""Labelled texts and classifiers from anywhere, checked; and batches of like length."""
+"""Texts and labels from anywhere, checked row by row."""
 
 import csv
-import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BatchEncoding,
-    PreTrainedTokenizerBase,
-)
 
-from ..backbones import max_input_length
-from ..configuration_budgetformer import is_share
+from .checkpoints import check_single_label
 
 
 if TYPE_CHECKING:
@@ -197,75 +186,6 @@ def read_table(
     return table.cast_column("label", kind) if isinstance(kind, ClassLabel) else table
 
 
-def load_config(checkpoint: str) -> Any:
-    """The configuration of a folder or Hub id; raises ValueError where there is no model."""
-    if os.path.isdir(checkpoint) and not os.path.isfile(os.path.join(checkpoint, "config.json")):
-        raise ValueError(f"checkpoint must be a model's folder or Hub id, got {checkpoint} without a config.json.")
-    try:
-        return AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint must be a model's folder or Hub id, got {checkpoint}: {error}") from None
-
-
-def load_classifier(checkpoint: str, budgeted: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A trained sequence classifier in eval mode, stock or BudgetFormer, and its tokenizer.
-
-    Args:
-        checkpoint: A folder or Hub id.
-        budgeted: Whether it must be a BudgetFormer.
-
-    Raises:
-        ValueError: There is no model, none of that kind, or none with a trained classifier.
-    """
-    kind = load_config(checkpoint).model_type
-    if budgeted and kind != "budgetformer":
-        raise ValueError(
-            f"checkpoint must be a BudgetFormer, got the {kind} model {checkpoint}: make one of it with "
-            f"budgetformer train {checkpoint} DATA --output FOLDER."
-        )
-    model, loading = AutoModelForSequenceClassification.from_pretrained(checkpoint, output_loading_info=True)
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"checkpoint must be a trained classifier, got {checkpoint} without {', '.join(missing)}.")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    if kind == "budgetformer":  # not every tokenizer knows
-        tokenizer.model_max_length = min(tokenizer.model_max_length, max_input_length(model.config))
-    return model.eval(), tokenizer
-
-
-def check_classifier(model: Any) -> None:
-    """Raises ValueError unless it is a BudgetFormer classifier."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind != "budgetformer" or not hasattr(model, "classifier"):
-        raise ValueError(
-            f"model must be a BudgetFormer classifier, got {type(model).__name__}: make one with "
-            "BudgetFormerForSequenceClassification.from_pretrained(checkpoint) and train it."
-        )
-
-
-def distinct_budgets(budgets: Iterable[float | None]) -> list[float | None]:
-    """Each budget once, in their order; raises ValueError where one is not allowed, or none is given."""
-    found = list(dict.fromkeys(budgets))
-    if not found or not all(budget is None or is_share(budget) for budget in found):
-        raise ValueError(f"budgets must be floats in (0, 1], or None for the model's own, got {found}.")
-    return found
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """What tells a model's weights from others: sha256 of names and values, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def check_single_label(config: Any) -> None:
-    """Raises ValueError unless the model chooses one label of several."""
-    if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
-        got = f"problem_type={config.problem_type!r}, num_labels={config.num_labels}"
-        raise ValueError(f"model must choose one label of several, got {got}.")
-
-
 def label_ids(dataset: "Dataset", config: Any) -> np.ndarray:
     """The label of each row as the model's number; checks that the rows are what a classifier can be tried on.
 
@@ -306,61 +226,4 @@ def label_ids(dataset: "Dataset", config: Any) -> np.ndarray:
     return np.array(found)
 
 
-def check_batch_size(batch_size: Any) -> None:
-    """Raises ValueError unless it is an integer >= 1."""
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
-
-
-def batches_by_length(
-    columns: Mapping[str, list[Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    max_length: int | None = None,
-) -> Iterator[tuple[np.ndarray, BatchEncoding]]:
-    """Batches of like length, shortest first, which saves padding.
-
-    Args:
-        columns: Lists of equal length: `input_ids` and what else the tokenizer makes, or `text` and, for pairs,
-            `text_pair`. Others are ignored.
-        tokenizer: Of the model.
-        batch_size: Rows at a time, >= 1.
-        max_length: Tokens kept of a text that is not tokenized yet. None: all the tokenizer allows.
-
-    Yields:
-        Positions of the rows, (B,) int64, and tensors (B, L) as a model takes them.
-    """
-    if "input_ids" in columns:
-        encoded: Any = {name: columns[name] for name in tokenizer.model_input_names if name in columns}
-    else:
-        encoded = tokenizer(columns["text"], columns.get("text_pair"), truncation=True, max_length=max_length)
-    order = np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        rows = {name: [values[place] for place in places] for name, values in encoded.items()}
-        yield places, tokenizer.pad(rows, return_tensors="pt")
-
-
-def write_json(path: str | Path, values: Any) -> None:
-    """Writes a JSON file at once, into folders made as needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-__all__ = [
-    "batches_by_length",
-    "check_batch_size",
-    "check_classifier",
-    "check_single_label",
-    "distinct_budgets",
-    "label_ids",
-    "load_classifier",
-    "load_config",
-    "read_rows",
-    "read_table",
-    "weights_digest",
-    "write_json",
-]
+__all__ = ["label_ids", "read_rows", "read_table"]

@@ -1,0 +1,306 @@
+"""The narrow encoder: beside the full one, its most important heads and neurons, of which a budget opens the first.
+
+A budget's units are views of the first rows and columns: nothing is gathered. Masked, every unit is computed and closed
+ones are multiplied by zero: the reference. Nested widths are DynaBERT's (arXiv 2004.04037) and MatFormer's
+(arXiv 2310.07707).
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.models.bert.modeling_bert import BertPooler
+
+from .attention import CHUNK_TOKENS, attend_packed, attend_padded
+from .backbones import BACKBONES, Backbone
+from .budgets import TRAINED_SHARES, Counts, Look, OpeningOrder
+from .packing import PackedBatch, PaddedBatch, Sequences
+
+
+
+class Importance(NamedTuple):
+    """Of the units of one layer of the full encoder, the larger the more important.
+
+    Args:
+        heads: (H,), float.
+        neurons: (I,), float.
+    """
+
+    heads: torch.Tensor
+    neurons: torch.Tensor
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer computes `W x + b` of a plain tensor and nothing else, so that views of W can stand in for it.
+
+    Adapters, parametrisations, hooks, offloading, quantised and sharded weights are more than that.
+    """
+    weight = getattr(linear, "weight", None)
+    # While exporting, plain weights are stand-ins of another type; wrapped ones can be flattened there too.
+    plain_weight = type(weight) in (nn.Parameter, torch.Tensor) or torch.compiler.is_compiling()
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    plain_weight = plain_weight and not hasattr(weight, "__tensor_flatten__")
+    return type(linear) is nn.Linear and plain_weight and not linear.weight.is_meta and not hooked
+
+
+def first_outputs(linear: nn.Module, hidden: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` outputs of a linear layer: (..., in) -> (..., count)."""
+    if count == linear.out_features or not is_plain(linear):
+        output: torch.Tensor = linear(hidden)
+        return output[..., :count]
+    bias = None if linear.bias is None else linear.bias[:count]
+    return F.linear(hidden, linear.weight[:count], bias)
+
+
+def from_first_inputs(linear: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What a linear layer makes of its first inputs, the others zero: (..., count) -> (..., out)."""
+    missing = linear.in_features - hidden.shape[-1]
+    if not missing or not is_plain(linear):
+        output: torch.Tensor = linear(F.pad(hidden, (0, missing)) if missing else hidden)
+        return output
+    return F.linear(hidden, linear.weight[:, : hidden.shape[-1]], linear.bias)
+
+
+def _add(output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The residual; in place where nobody needs the summand."""
+    return output + hidden if torch.is_grad_enabled() else output.add_(hidden)
+
+
+class NarrowLayer(nn.Module):
+    """A transformer layer some of whose first heads and neurons run; norms before or after, feed-forward gated or plain.
+
+    Query, key and value are stacked by head, so that the first heads are the first rows of one matrix.
+
+    Args:
+        config: A `BudgetFormerConfig`.
+        backbone: Row of the table: where norms stand, and whether the feed-forward is gated.
+        heads: Most that can open, >= 1.
+        neurons: Most that can open, >= 1.
+    """
+
+    def __init__(self, config: Any, backbone: Backbone, heads: int, neurons: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        if width % config.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {width} and {config.num_attention_heads}."
+            )
+        self.size = width // config.num_attention_heads
+        self.heads, self.neurons = heads, neurons
+        self.norm_first = backbone.norm_first
+        eps, bias = config.layer_norm_eps, backbone.bias
+        self.qkv = nn.Linear(width, heads * 3 * self.size, bias=bias)
+        self.attention_output = nn.Linear(heads * self.size, width, bias=bias)
+        self.attention_norm = nn.LayerNorm(width, eps=eps, bias=bias)
+        self.up = nn.Linear(width, neurons, bias=bias)
+        self.gate = nn.Linear(width, neurons, bias=bias) if backbone.names.gate else None
+        self.down = nn.Linear(neurons, width, bias=bias)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=eps, bias=bias)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        layout: Sequences | torch.Tensor | None,
+        heads: int,
+        neurons: int,
+        masked: bool = False,
+    ) -> torch.Tensor:
+        """Runs the first units.
+
+        Args:
+            hidden: (T, D) of a packed batch, or (B, L, D) of a padded one.
+            layout: The packed batch's sequences; or the padded one's mask (B, L), None where nothing is padded.
+            heads: How many run.
+            neurons: How many run.
+            masked: Whether to compute all units and multiply closed ones by zero.
+        """
+        read = self.attention_norm(hidden) if self.norm_first else hidden
+        attended = _add(self._attend(read, layout, heads, masked), hidden)
+        if not self.norm_first:
+            attended = self.attention_norm(attended)
+        if hidden.dim() == 3 or torch.is_grad_enabled() or len(hidden) <= CHUNK_TOKENS:
+            return self._feed_forward(attended, neurons, masked)
+        return torch.cat([self._feed_forward(chunk, neurons, masked) for chunk in attended.split(CHUNK_TOKENS)])
+
+    def _attend(
+        self, hidden: torch.Tensor, layout: Sequences | torch.Tensor | None, heads: int, masked: bool
+    ) -> torch.Tensor:
+        computed = self.heads if masked else heads
+        if not computed:
+            return from_first_inputs(self.attention_output, hidden[..., :0])
+        stacked = first_outputs(self.qkv, hidden, computed * 3 * self.size)
+        parts = stacked.unflatten(-1, (computed, 3, self.size)).unbind(-2)  # each (..., h, d)
+        if isinstance(layout, Sequences):
+            context = attend_packed(parts, layout)
+        else:
+            context = attend_padded(parts, layout)
+        return from_first_inputs(self.attention_output, self._close(context, heads * self.size, masked))
+
+    def _feed_forward(self, attended: torch.Tensor, neurons: int, masked: bool) -> torch.Tensor:
+        read = self.feed_forward_norm(attended) if self.norm_first else attended
+        computed = self.neurons if masked else neurons
+        if computed:
+            inner = self.activation(first_outputs(self.up, read, computed))
+            if self.gate is not None:
+                inner = inner * first_outputs(self.gate, read, computed)
+        else:
+            inner = read[..., :0]
+        output = _add(from_first_inputs(self.down, self._close(inner, neurons, masked)), attended)
+        return output if self.norm_first else self.feed_forward_norm(output)
+
+    @staticmethod
+    def _close(values: torch.Tensor, count: int, masked: bool) -> torch.Tensor:
+        """Values (..., n), those from `count` on set to zero where units are masked."""
+        if not masked:
+            return values
+        return values * (torch.arange(values.shape[-1], device=values.device) < count).to(values.dtype)
+
+
+class NarrowEncoder(nn.Module):
+    """A copy of the full encoder's most important units, with a small head of its own. It has no dropout.
+
+    Args:
+        config: A `BudgetFormerConfig`.
+        pooler: Whether it has a pooler, as the stock class does.
+        head: Whether it has a classification head.
+
+    Attributes:
+        steps: Training forward passes seen, an int64 scalar buffer: 0 until it has been trained.
+        order: What a budget opens.
+    """
+
+    steps: torch.Tensor
+
+    def __init__(self, config: Any, pooler: bool, head: bool) -> None:
+        super().__init__()
+        backbone = BACKBONES[config.backbone_model_type]
+        self.order = OpeningOrder(config)
+        self.widest = self.order.look(config.narrow_budget)
+        counts: Any = self.widest.counts
+        # One unit of each sublayer at least, closed or not: parameters without elements trouble optimisers.
+        self.layer = nn.ModuleList(
+            NarrowLayer(config, backbone, max(1, heads), max(1, neurons))
+            for heads, neurons in zip(counts.heads, counts.neurons, strict=True)
+        )
+        self.pooler = BertPooler(config) if pooler else None
+        self.head = backbone.classifier(config) if head else None
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        batch: PackedBatch | PaddedBatch,
+        counts: Counts,
+        masked: bool = False,
+        states: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Encodes a batch with the first units of each layer.
+
+        Args:
+            hidden: Embedded tokens, (T, D) or (B, L, D).
+            batch: How they lie.
+            counts: Units to open.
+            masked: Whether to compute all units and multiply closed ones by zero.
+            states: Where given, every layer's output is appended to it.
+
+        Returns:
+            As `hidden`.
+        """
+        for layer, heads, neurons in zip(self.layer, counts.heads, counts.neurons, strict=True):
+            hidden = layer(hidden, batch.layout, heads, neurons, masked)
+            if states is not None:
+                states.append(hidden)
+        return hidden
+
+    def pool(self, first: torch.Tensor) -> torch.Tensor | None:
+        """Pooler's output of first tokens, (B, D) -> (B, D); None without a pooler."""
+        return None if self.pooler is None else self.pooler(first[:, None])
+
+    def answer(self, first: torch.Tensor) -> torch.Tensor:
+        """Logits of first tokens: (B, D) -> (B, num_labels)."""
+        pooled = self.pool(first)
+        logits: torch.Tensor = self.head(first[:, None] if pooled is None else pooled)  # type: ignore[misc]
+        return logits
+
+    def draw(self) -> Look:
+        """What a training step opens: drawn anew for each step, from the number of steps and nothing else."""
+        share = random.Random(int(self.steps)).choice(TRAINED_SHARES)
+        return self.order.look(share * self.widest.cost)
+
+    def untouched(self) -> torch.Tensor:
+        """Zero, in the graph of every parameter: distributed training waits for a gradient of each."""
+        return sum(0.0 * parameter.flatten()[:1].sum() for parameter in self.parameters())  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def copy_units(self, layers: Sequence[nn.Module], names: Any, importance: Sequence[Importance] | None) -> None:
+        """Becomes a copy of the most important units of the full encoder's layers.
+
+        Args:
+            layers: Of the full encoder.
+            names: Where they keep their parts, a `backbones.LayerNames`.
+            importance: Of each layer's units; None: by the norms of their weights.
+        """
+        for index, (own, full) in enumerate(zip(self.layer, layers, strict=True)):
+            parts = {part: full.get_submodule(name) for part, name in vars(names).items() if name is not None}
+            weights = {
+                (part, kind): _gathered(value)
+                for part, module in parts.items()
+                for kind, value in module.named_parameters()
+            }
+            chosen = weight_importance(weights, own.size) if importance is None else importance[index]
+            heads = chosen.heads.to(weights["query", "weight"].device).argsort(descending=True, stable=True)
+            neurons = chosen.neurons.to(heads.device).argsort(descending=True, stable=True)
+            _copy_layer(own, weights, heads[: own.heads], neurons[: own.neurons])
+
+
+def weight_importance(weights: dict[tuple[str, str], torch.Tensor], size: int) -> Importance:
+    """Importance by the norms of a unit's weights, what goes in times what comes out.
+
+    Args:
+        weights: Of one layer, by part and kind.
+        size: Of a head.
+    """
+    values = weights["value", "weight"].float().unflatten(0, (-1, size)).norm(dim=(1, 2))
+    outputs = weights["attention_output", "weight"].float().unflatten(1, (-1, size)).norm(dim=(0, 2))
+    up, down = weights["up", "weight"].float().norm(dim=1), weights["down", "weight"].float().norm(dim=0)
+    return Importance(values * outputs, up * down)
+
+
+def _copy_layer(
+    own: NarrowLayer, weights: dict[tuple[str, str], torch.Tensor], heads: torch.Tensor, neurons: torch.Tensor
+) -> None:
+    rows = (heads[:, None] * own.size + torch.arange(own.size, device=heads.device)).flatten()
+    for kind in ("weight", "bias"):
+        if ("query", kind) in weights:
+            parts = [weights[part, kind][rows].unflatten(0, (-1, own.size)) for part in ("query", "key", "value")]
+            _assign(getattr(own.qkv, kind), torch.stack(parts, dim=1).flatten(0, 2))
+    for linear, part, units in ((own.attention_output, "attention_output", rows), (own.down, "down", neurons)):
+        _assign(linear.weight, weights[part, "weight"][:, units])
+        if (part, "bias") in weights:
+            _assign(linear.bias, weights[part, "bias"])
+    for linear, part in ((own.up, "up"), (own.gate, "gate")):
+        for kind in ("weight", "bias"):
+            if linear is not None and (part, kind) in weights:
+                _assign(getattr(linear, kind), weights[part, kind][neurons])
+    for norm, part in ((own.attention_norm, "attention_norm"), (own.feed_forward_norm, "feed_forward_norm")):
+        for kind, value in norm.named_parameters():
+            _assign(value, weights[part, kind])
+
+
+def _gathered(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(parameter, DTensor):  # FSDP2
+        value = distribute_tensor(value.to(parameter.dtype), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)

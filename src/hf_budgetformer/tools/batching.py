@@ -1,0 +1,45 @@
+"""Batches of rows of like length."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raises ValueError unless it is an integer >= 1."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
+
+
+def batches_by_length(
+    columns: Mapping[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_length: int | None = None,
+) -> Iterator[tuple[np.ndarray, BatchEncoding]]:
+    """Batches of like length, shortest first, which saves padding.
+
+    Args:
+        columns: Lists of equal length: `input_ids` and what else the tokenizer makes, or `text` and, for pairs,
+            `text_pair`. Others are ignored.
+        tokenizer: Of the model.
+        batch_size: Rows at a time, >= 1.
+        max_length: Tokens kept of a text that is not tokenized yet. None: all the tokenizer allows.
+
+    Yields:
+        Positions of the rows, (B,) int64, and tensors (B, L) as a model takes them.
+    """
+    if "input_ids" in columns:
+        encoded: Any = {name: columns[name] for name in tokenizer.model_input_names if name in columns}
+    else:
+        encoded = tokenizer(columns["text"], columns.get("text_pair"), truncation=True, max_length=max_length)
+    order = np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        rows = {name: [values[place] for place in places] for name, values in encoded.items()}
+        yield places, tokenizer.pad(rows, return_tensors="pt")
+
+
+__all__ = ["batches_by_length", "check_batch_size"]

@@ -1,0 +1,116 @@
+"""Classifiers from anywhere, checked: what kind they are, and whether they are trained."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..backbones import max_input_length
+from ..configuration_budgetformer import is_share
+
+
+def load_config(checkpoint: str) -> Any:
+    """The configuration of a folder or Hub id; raises ValueError where there is no model."""
+    if os.path.isdir(checkpoint) and not os.path.isfile(os.path.join(checkpoint, "config.json")):
+        raise ValueError(f"checkpoint must be a model's folder or Hub id, got {checkpoint} without a config.json.")
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint must be a model's folder or Hub id, got {checkpoint}: {error}") from None
+
+
+def default_device() -> torch.device:
+    """The accelerator, if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_trained(checkpoint: str, device: str | torch.device | None = None) -> Any:
+    """A sequence classifier in eval mode, stock or BudgetFormer, whose head has been trained.
+
+    Args:
+        checkpoint: A folder or Hub id.
+        device: Where it goes; None: see `default_device`.
+
+    Raises:
+        ValueError: There is no model, or none with a trained classifier.
+    """
+    load_config(checkpoint)
+    model, loading = AutoModelForSequenceClassification.from_pretrained(checkpoint, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"checkpoint must be a trained classifier, got {checkpoint} without {', '.join(missing)}.")
+    return model.to(default_device() if device is None else device).eval()
+
+
+def load_classifier(
+    checkpoint: str, budgeted: bool = False, device: str | torch.device | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A trained sequence classifier in eval mode, stock or BudgetFormer, and its tokenizer.
+
+    Args:
+        checkpoint: A folder or Hub id.
+        budgeted: Whether it must be a BudgetFormer.
+        device: Where it goes; None: see `default_device`.
+
+    Raises:
+        ValueError: There is no model, none of that kind, or none with a trained classifier.
+    """
+    kind = load_config(checkpoint).model_type
+    if budgeted and kind != "budgetformer":
+        raise ValueError(
+            f"checkpoint must be a BudgetFormer, got the {kind} model {checkpoint}: make one of it with "
+            f"budgetformer train {checkpoint} DATA --output FOLDER."
+        )
+    model = load_trained(checkpoint, device)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    if kind == "budgetformer":  # not every tokenizer knows
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_input_length(model.config))
+    return model, tokenizer
+
+
+def check_classifier(model: Any) -> None:
+    """Raises ValueError unless it is a BudgetFormer classifier."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind != "budgetformer" or not hasattr(model, "num_labels"):
+        raise ValueError(
+            f"model must be a BudgetFormer classifier, got {type(model).__name__}: make one with "
+            "BudgetFormerForSequenceClassification.from_pretrained(checkpoint) and train it."
+        )
+
+
+def check_single_label(config: Any) -> None:
+    """Raises ValueError unless the model chooses one label of several."""
+    if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
+        got = f"problem_type={config.problem_type!r}, num_labels={config.num_labels}"
+        raise ValueError(f"model must choose one label of several, got {got}.")
+
+
+def distinct_budgets(budgets: Iterable[float | None]) -> list[float | None]:
+    """Each budget once, in their order; raises ValueError where one is not allowed, or none is given."""
+    found = list(dict.fromkeys(budgets))
+    if not found or not all(budget is None or is_share(budget) for budget in found):
+        raise ValueError(f"budgets must be floats in (0, 1], or None for the model's own, got {found}.")
+    return found
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """What tells a model's weights from others: sha256 of names and values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+__all__ = [
+    "check_classifier",
+    "check_single_label",
+    "default_device",
+    "distinct_budgets",
+    "load_classifier",
+    "load_config",
+    "load_trained",
+    "weights_digest",
+]
