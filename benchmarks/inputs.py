@@ -84,15 +84,18 @@ def tokenize(texts: list[str], max_length: int) -> list[list[int]]:
 
 
 def build_models(settings: dict[str, Any]) -> tuple[Any, Any]:
-    """The stock classifier, and ours with the same weights and routers that have learned nothing."""
+    """The stock classifier, and ours with the same weights and a narrow encoder that was born from it."""
     torch.manual_seed(settings["seed"])
     if isinstance(settings["model"], dict):
         stock: Any = BertForSequenceClassification(BertConfig(**settings["model"]))
     else:
         source = minilm() if settings["model"] == "minilm" else settings["model"]
         stock = AutoModelForSequenceClassification.from_pretrained(source)
-    ours = BudgetFormerForSequenceClassification(BudgetFormerConfig.from_backbone_config(stock.config))
+    fields = {name: settings[name] for name in ("narrow_budget",) if name in settings}
+    config = BudgetFormerConfig.from_backbone_config(stock.config, **fields)
+    ours: Any = BudgetFormerForSequenceClassification(config)
     ours.load_state_dict(stock.state_dict(), strict=False)
+    ours.give_birth()
     dtype = getattr(torch, settings["dtype"])
     return stock.eval().to(dtype), ours.eval().to(dtype)
 

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import level_block
 import level_model
 import level_training
 import torch
@@ -18,7 +17,7 @@ from measure import ROOT, TOLERANCE, environment, read_json
 
 
 COMMON = {"level": "", "title": "", "threads": [2], "repeats": 7, "seed": 0, "dtype": "float32"}
-LEVELS: dict[str, Any] = {"block": level_block, "model": level_model, "training": level_training}
+LEVELS: dict[str, Any] = {"model": level_model, "training": level_training}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -53,7 +52,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiments", nargs="+", type=Path, help="JSON files, see benchmarks/experiments")
     parser.add_argument("--data", type=Path, help="folder of <name>/test.parquet, or one file of texts for all")
-    parser.add_argument("--checkpoint", help="a trained BudgetFormer, to time the heads it has learned to open")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--resume", action="store_true", help="skip what has a result of the same settings and commit")
     options = parser.parse_args(arguments)

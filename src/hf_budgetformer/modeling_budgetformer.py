@@ -468,14 +468,33 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         if budget is not None:
             _check_budget(budget, len(tokens))
         masked = self._check_executor(executor) == "masked"
-        hidden = self.embeddings(
-            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
-        )
         stock_attention = self.config._attn_implementation == "sdpa" and not self.recorded(kwargs, "output_attentions")
+        given = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        given["inputs_embeds"] = inputs_embeds
         if masked or not stock_attention or not _values_are_known():
-            return Embedded(hidden, PaddedBatch(attention_mask), len(tokens))
-        packing = find_packing(attention_mask, tuple(tokens.shape[:2]), hidden.device)
-        return Embedded(packing.pack(hidden), packing, len(tokens))
+            return Embedded(self.embeddings(**given), PaddedBatch(attention_mask), len(tokens))
+        packing = find_packing(attention_mask, tuple(tokens.shape[:2]), tokens.device)
+        if packing.indices is None:
+            return Embedded(packing.pack(self.embeddings(**given)), packing, len(tokens))
+        if position_ids is None:  # they count from the start of each input, wherever its padding is
+            given["position_ids"] = self._positions(tokens, input_ids is None)
+        # As one long input, so that padding is not embedded either.
+        given = {
+            name: None if x is None else packing.pack(x.expand(*tokens.shape[:2], *x.shape[2:]))[None]
+            for name, x in given.items()
+        }
+        return Embedded(self.embeddings(**given)[0], packing, len(tokens))
+
+    def _positions(self, tokens: torch.Tensor, embedded: bool) -> torch.Tensor:
+        """Position numbers as the stock embeddings give them, (1, L) or (B, L) int64, of ids or embedded tokens."""
+        first = 0
+        if self.backbone.positions_follow_padding:
+            padding = self.embeddings.padding_idx
+            if not embedded:
+                positions: torch.Tensor = self.embeddings.create_position_ids_from_input_ids(tokens, padding)
+                return positions
+            first = padding + 1
+        return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
 
     def recorded(self, kwargs: dict[str, Any], name: str) -> bool:
         """Whether `output_attentions` or `output_hidden_states` is asked for; a list of layers counts."""
