@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_budgetformer import BudgetFormerForSequenceClassification
+from hf_budgetformer import BudgetFormerConfig, BudgetFormerForSequenceClassification
 
 
 BACKBONE_TYPES = ["bert", "roberta"]
@@ -77,19 +77,23 @@ def stock_folder(backbone_type, folder: Path, **fields) -> Path:
     return folder
 
 
-def budgetformer(backbone_type, stir=True, **fields):
-    """A tiny BudgetFormer classifier in eval mode; stirred, its routers answer each input differently."""
-    from hf_budgetformer import BudgetFormerConfig
+def budgetformer(backbone_type, stir=True, trained=True, **fields):
+    """A tiny BudgetFormer classifier of random weights, in eval mode.
 
+    Its narrow encoder, a copy of the most important units, counts as trained; stirred, the routers that
+    `router="layer"` has answer each input differently.
+    """
     config = BudgetFormerConfig.from_backbone_config(stock_config(backbone_type), **fields)
     model = BudgetFormerForSequenceClassification(config).eval()
+    if trained and model.narrow is not None:
+        model.narrow.steps.fill_(1)
     if stir:
         stir_routers(model)
     return model
 
 
 def stir_routers(model):
-    """Gives routers weights that make budgets and scores differ widely between inputs."""
+    """Gives the routers of `router="layer"` weights that make budgets and scores differ widely between inputs."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
