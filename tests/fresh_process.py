@@ -49,7 +49,8 @@ def pull(task):
         with torch.no_grad():
             outputs = {
                 "logits": loaded["classifier"](**inputs).logits,
-                "logits_all_heads": loaded["classifier"](**inputs, head_budget=1.0).logits,
+                "logits_in_full": loaded["classifier"](**inputs, budget=1.0).logits,
+                "logits_narrow": loaded["classifier"](**inputs, budget=0.25).logits,
                 "hidden": loaded["base"](**inputs).last_hidden_state,
             }
         answers = pipeline("text-classification", source, tokenizer=tokenizer, trust_remote_code=True)(task["texts"])

@@ -30,7 +30,6 @@ from conftest import (
     STOCK,
     batch_of,
     budgetformer,
-    stir_routers,
     stock_classifier,
     stock_config,
     stock_folder,
@@ -45,11 +44,13 @@ PACKAGE = Path(hf_budgetformer.__file__).parent
 SHIPPED = {
     "attention.py",
     "backbones.py",
+    "budgets.py",
     "configuration_budgetformer.py",
     "losses.py",
     "modeling_budgetformer.py",
+    "narrow.py",
     "packing.py",
-    "routing.py",
+    "relevance.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_budgetformer.BudgetFormerConfig",
@@ -69,8 +70,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def of_routers(keys):
-    return {key for key in keys if ".router." in f".{key}" or "own_budget." in key or "exploration." in key}
+def of_narrow(keys):
+    return {key for key in keys if key.startswith("narrow.")}
 
 
 def settled(model):
@@ -89,7 +90,8 @@ def answers_of(model, tokenizer):
     inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
     return {
         "logits": model(**inputs).logits,
-        "logits_all_heads": model(**inputs, head_budget=1.0).logits,
+        "logits_in_full": model(**inputs, budget=1.0).logits,
+        "logits_narrow": model(**inputs, budget=0.25).logits,
         "hidden": model.base_model(**inputs).last_hidden_state,
     }
 
@@ -212,8 +214,8 @@ def check_loaded(loaded, model, tokenizer):
     expected = answers_of(model, tokenizer)
     for name, answer in expected.items():
         torch.testing.assert_close(loaded[name], answer, rtol=1e-5, atol=1e-5)
-    # Or nothing would show that the routers came along.
-    assert not torch.allclose(expected["logits"], expected["logits_all_heads"])
+    # Or nothing would show that the narrow encoder came along.
+    assert not torch.allclose(expected["logits_narrow"], expected["logits_in_full"])
     assert loaded["labels"] == [model.config.id2label[i] for i in expected["logits"].argmax(-1).tolist()]
 
 
@@ -263,8 +265,9 @@ def test_a_pushed_repository_holds_everything_and_loads_without_the_package(shar
 
 def test_a_trained_model_differs_from_what_it_was_trained_from(shared):
     before, after = shared["models"]["bert"].state_dict(), shared["pushed"]["loopback/by_trainer"].state_dict()
-    assert int(after["bert.exploration.steps"]) == 2
-    assert not torch.equal(before["classifier.weight"], after["classifier.weight"])
+    assert int(after["narrow.steps"]) == 1 + 2
+    for name in ("classifier.weight", "narrow.head.weight", "narrow.layer.0.qkv.weight"):
+        assert not torch.equal(before[name], after[name])
 
 
 def test_a_pulled_model_saved_again_points_to_its_own_files(shared):
@@ -363,8 +366,9 @@ def test_a_pipeline_gives_the_labels_of_the_model(backbone_type, tokenizer, text
     def classify_all():
         return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in chosen])
 
-    *_, bias = model.classifier.parameters()
-    bias.data -= classify_all().mean(0)  # no label wins everywhere
+    for head in (model.classifier, model.narrow.head):
+        *_, bias = head.parameters()
+        bias.data -= classify_all().mean(0)  # no label wins everywhere
     logits = classify_all()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -385,21 +389,29 @@ def test_a_classifier_loads_as_encoder(backbone_type, tmp_path):
     model.save_pretrained(tmp_path)
     encoder, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     has_pooler = backbone_type == "bert"
-    assert info["missing_keys"] == (set() if has_pooler else {"pooler.dense.weight", "pooler.dense.bias"})
-    assert all(key.startswith("classifier.") for key in info["unexpected_keys"])
-    state = {key: value for key, value in encoder.state_dict().items() if has_pooler or not key.startswith("pooler.")}
-    assert_same_state(state, model.base_model.state_dict())
+    poolers = {f"{part}dense.{kind}" for part in ("pooler.", "narrow.pooler.") for kind in ("weight", "bias")}
+    assert info["missing_keys"] == (set() if has_pooler else poolers)
+    assert all(key.startswith(("classifier.", "narrow.head.")) for key in info["unexpected_keys"])
+    state = {key: value for key, value in encoder.state_dict().items() if key not in info["missing_keys"]}
+    narrow = {key: x for key, x in model.state_dict().items() if key in of_narrow(state)}
+    assert_same_state(state, model.base_model.state_dict() | narrow)
+    assert narrow
 
 
 def test_an_encoder_loads_as_classifier(backbone_type, tmp_path):
-    encoder = stir_routers(BudgetFormerModel(BudgetFormerConfig.from_backbone_config(stock_config(backbone_type))))
+    encoder = BudgetFormerModel(BudgetFormerConfig.from_backbone_config(stock_config(backbone_type)))
+    encoder.narrow.layer[1].qkv.weight.data.normal_()  # as if it had been trained
     encoder.save_pretrained(tmp_path)
     model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert info["missing_keys"] == {key for key in model.state_dict() if key.startswith("classifier.")}
-    pooler = {"pooler.dense.weight", "pooler.dense.bias"}
-    assert info["unexpected_keys"] == (set() if backbone_type == "bert" else pooler)
+    heads = {key for key in model.state_dict() if key.startswith(("classifier.", "narrow.head."))}
+    assert info["missing_keys"] == heads
+    poolers = {f"{part}dense.{kind}" for part in ("pooler.", "narrow.pooler.") for kind in ("weight", "bias")}
+    assert info["unexpected_keys"] == (set() if backbone_type == "bert" else poolers)
     state = {key: value for key, value in encoder.state_dict().items() if key not in info["unexpected_keys"]}
-    assert_same_state(model.base_model.state_dict(), state)
+    narrow = {key: x for key, x in model.state_dict().items() if key in of_narrow(state)}
+    assert_same_state(model.base_model.state_dict() | narrow, state)
+    for name, value in model.classifier.state_dict().items():
+        assert torch.equal(model.narrow.head.state_dict()[name], value)
 
 
 def test_the_stock_class_loads_our_folder(backbone_type, tmp_path):
@@ -408,26 +420,26 @@ def test_the_stock_class_loads_our_folder(backbone_type, tmp_path):
     stock, info = STOCK[backbone_type][2].from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] == set()
     assert info["mismatched_keys"] == set()
-    assert info["unexpected_keys"] == of_routers(model.state_dict()) != set()
+    assert info["unexpected_keys"] == of_narrow(model.state_dict()) != set()
     batch = batch_of([9, 4, 17], backbone_type)
     assert torch.equal(
-        settled(stock)(**batch).logits, settled(model)(**batch, head_budget=1.0, executor="masked").logits
+        settled(stock)(**batch).logits, settled(model)(**batch, budget=1.0, executor="masked").logits
     )
 
 
-def test_a_plain_encoder_lacks_routers_and_classifier_only(backbone_type, tmp_path):
+def test_a_plain_encoder_lacks_a_narrow_one_and_a_classifier_only(backbone_type, tmp_path):
     STOCK[backbone_type][1](stock_config(backbone_type)).save_pretrained(tmp_path)
     model, info = BudgetFormerForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     classifier = {key for key in model.state_dict() if key.startswith("classifier.")}
-    assert info["missing_keys"] == of_routers(model.state_dict()) | classifier
+    assert info["missing_keys"] == of_narrow(model.state_dict()) | classifier
     assert info["unexpected_keys"] <= {"pooler.dense.weight", "pooler.dense.bias"}
     assert bool(info["unexpected_keys"]) is (backbone_type == "roberta")  # whose classifier has no use for it
 
 
-def test_a_plain_classifier_lacks_routers_only(backbone_type, tmp_path):
+def test_a_plain_classifier_lacks_the_narrow_encoder_only(backbone_type, tmp_path):
     stock_folder(backbone_type, tmp_path)
     model, info = BudgetFormerForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert info["missing_keys"] == of_routers(model.state_dict())
+    assert info["missing_keys"] == of_narrow(model.state_dict())
     assert info["unexpected_keys"] == set()
 
 
@@ -439,7 +451,7 @@ def test_of_a_masked_language_model_only_its_own_head_is_unexpected(backbone_typ
     assert all(key.startswith(head) for key in info["unexpected_keys"])
     # The stock class misses the same: such a checkpoint has no pooler.
     _, stock_info = STOCK[backbone_type][2].from_pretrained(tmp_path, output_loading_info=True)
-    assert info["missing_keys"] == of_routers(model.state_dict()) | stock_info["missing_keys"]
+    assert info["missing_keys"] == of_narrow(model.state_dict()) | stock_info["missing_keys"]
 
 
 def test_it_loads_in_half_precision(backbone_type, tmp_path):
@@ -448,9 +460,9 @@ def test_it_loads_in_half_precision(backbone_type, tmp_path):
     half = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     batch = batch_of([9, 4, 17], backbone_type)
-    logits = half(**batch, head_budget=1.0).logits
+    logits = half(**batch, budget=1.0).logits
     assert logits.dtype == torch.bfloat16
-    torch.testing.assert_close(logits.float(), model(**batch, head_budget=1.0).logits, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(logits.float(), model(**batch, budget=1.0).logits, rtol=0.1, atol=0.1)
 
 
 def test_it_loads_with_a_device_map(backbone_type, tmp_path):
