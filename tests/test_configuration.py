@@ -13,11 +13,11 @@ from hf_budgetformer import BudgetFormerConfig
 
 def test_to_dict_and_back_is_the_identity(backbone_type):
     config = BudgetFormerConfig.from_backbone_config(
-        stock_config(backbone_type, classifier_dropout=0.3), head_budget=0.25, target_head_budget=None
+        stock_config(backbone_type, classifier_dropout=0.3), looks=[0.1, 0.2], target_budget=None
     )
     again = BudgetFormerConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
-    assert (again.head_budget, again.target_head_budget, again.classifier_dropout) == (0.25, None, 0.3)
+    assert (again.looks, again.target_budget, again.classifier_dropout) == ([0.1, 0.2], None, 0.3)
 
 
 def test_save_and_load_through_auto_config(backbone_type, tmp_path):
@@ -36,12 +36,12 @@ def test_a_plain_config_is_adopted_with_all_its_fields_and_no_warning(backbone_t
     stock.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         logging.getLogger("transformers").propagate = True
-        config = BudgetFormerConfig.from_pretrained(tmp_path, head_budget=0.5)
+        config = BudgetFormerConfig.from_pretrained(tmp_path, narrow_budget=0.5)
     logging.getLogger("transformers").propagate = False
     assert not caplog.records
     assert config.model_type == "budgetformer"
     assert config.backbone_model_type == backbone_type
-    assert config.head_budget == 0.5
+    assert config.narrow_budget == 0.5
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
                   "layer_norm_eps", "vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id",
                   "type_vocab_size", "id2label", "label2id"):  # fmt: skip
@@ -61,12 +61,14 @@ def test_a_checkpoint_of_2019_that_names_no_model_type_can_be_named(tmp_path):
 BAD_FIELDS = [
     ("backbone_model_type", "gpt2", "'bert', 'roberta'"),
     ("gate_type", "medium", "'hard' or 'soft'"),
-    ("executor", "fast", "'auto', 'sparse', 'masked'"),
-    ("head_budget", 0.0, r"\(0, 1\]"),
-    ("head_budget", 1.5, r"\(0, 1\]"),
-    ("head_budget", float("nan"), r"\(0, 1\]"),
-    ("head_budget", 3, r"\(0, 1\]"),
-    ("target_head_budget", -0.5, r"\(0, 1\]"),
+    ("executor", "fast", "'auto', 'masked'"),
+    ("narrow_budget", 0.0, r"\(0, 1\]"),
+    ("narrow_budget", 1.5, r"\(0, 1\]"),
+    ("narrow_budget", float("nan"), r"\(0, 1\]"),
+    ("router", "best", "'look' or 'layer'"),
+    ("feed_forward_blocks", 0, ">= 1"),
+    ("reference_length", 0, ">= 1"),
+    ("target_budget", -0.5, r"\(0, 1\]"),
     ("budget_sampling", 2.0, r"\[0, 1\]"),
     ("budget_loss_weight", -1.0, ">= 0"),
     ("need_scale", float("inf"), ">= 0"),
@@ -89,11 +91,19 @@ def test_a_bad_field_is_refused_by_name_value_and_range(field, value, allowed):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"hidden_size": 10, "num_attention_heads": 4}, "hidden_size.*num_attention_heads.*10.*4"),
-        ({"num_hidden_layers": 2, "static_heads": [[0]]}, r"static_heads.*2 layers.*\[0, 12\).*\[\[0\]\]"),
-        ({"num_hidden_layers": 2, "static_heads": [[0], []]}, "static_heads.*at least one"),
-        ({"num_hidden_layers": 2, "static_heads": [[0], [12]]}, "static_heads.*12"),
-        ({"num_hidden_layers": 2, "static_heads": [[0], [3, 1]]}, "static_heads.*rising"),
+        ({"looks": [0.2, 0.1]}, r"looks.*rising.*\[0.2, 0.1\]"),
+        ({"looks": []}, "looks.*rising"),
+        ({"looks": [1, 2]}, "looks.*rising numbers"),
+        ({"looks": [0.5, 1.0]}, r"looks.*narrow_budget=0.25.*\[0.5, 1.0\]"),
+        ({"looks": [0.1, 1.0], "confidence": [0.5, 0.6]}, r"confidence must hold 1 numbers.*\[0.5, 0.6\]"),
+        ({"confidence": [1.5]}, r"confidence.*\[0, 1\].*\[1.5\]"),
+        ({"looks": [0.1, 0.2], "router": "layer"}, "looks.*router='layer'"),
+        ({"looks": [0.1, 1.0], "full_encoder": False}, "looks.*narrow_budget"),
+        ({"opening_order": [24]}, r"opening_order.*from 0 to 23.*\[24\]"),
+        ({"opening_order": [0] * 13}, "opening_order.*12 times"),
+        ({"feed_forward_blocks": 4000}, "feed_forward_blocks.*intermediate_size=3072.*4000"),
+        ({"margins": {"budget": 0.9, "quantiles": [0.0, 1.0]}}, "margins.*narrow_budget=0.25"),
+        ({"margins": {}}, "margins.*quantiles"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, named):
@@ -103,9 +113,9 @@ def test_fields_that_contradict_each_other_are_refused(fields, named):
 
 def test_an_assignment_is_checked_too():
     config = BudgetFormerConfig()
-    with pytest.raises(StrictDataclassFieldValidationError, match="head_budget"):
-        config.head_budget = 7.0
-    assert config.head_budget is None
+    with pytest.raises(StrictDataclassFieldValidationError, match="narrow_budget"):
+        config.narrow_budget = 7.0
+    assert config.narrow_budget == 0.25
 
 
 def test_an_unsupported_backbone_lists_the_supported(tmp_path):
@@ -125,7 +135,13 @@ def test_the_constructor_does_not_take_another_models_dictionary():
         BudgetFormerConfig(**stock_config("bert").to_dict())
 
 
-def test_every_router_field_is_documented():
+@pytest.mark.parametrize("field", ["head_budget", "target_head_budget", "static_heads"])
+def test_fields_of_version_0_1_say_what_to_write_instead(field):
+    with pytest.raises(ValueError, match=f"{field} is a field of hf_budgetformer 0.1.*write .* instead"):
+        BudgetFormerConfig(**{field: 0.5})
+
+
+def test_every_field_of_ours_is_documented():
     documented = BudgetFormerConfig.__doc__.split("Args:")[1]
     for field in BudgetFormerConfig().to_dict().keys() - stock_config("bert").to_dict().keys():
         assert f"        {field}: " in documented, field

@@ -145,8 +145,8 @@ class BudgetFormerConfig(PreTrainedConfig):
     feed_forward_blocks: int | None = _checked("None or an integer >= 1", lambda v: v is None or v >= 1, None)
     opening_order: list[int] | None = None
     reference_length: int = _count(128)
-    looks: list[float] | tuple[float, ...] | None = None
-    confidence: list[float] | tuple[float, ...] | None = None
+    looks: list[float | int] | tuple[float | int, ...] | None = None
+    confidence: list[float | int] | tuple[float | int, ...] | None = None
     margins: dict[str, Any] | None = None
     freeze_full: bool = False
     full_encoder: bool = True
@@ -202,8 +202,8 @@ class BudgetFormerConfig(PreTrainedConfig):
         most = 2 if looks is None else len(looks)
         if looks is not None:
             rising = all(a < b for a, b in zip(looks, looks[1:], strict=False))
-            if not looks or not all(map(is_share, looks)) or not rising:
-                raise ValueError(f"looks must be None or rising floats in (0, 1], got {looks}.")
+            if not looks or not all(_is_number(x, 0, 1, above=True) for x in looks) or not rising:
+                raise ValueError(f"looks must be None or rising numbers in (0, 1], got {looks}.")
             narrow = looks[:-1] if looks[-1] == 1.0 and self.full_encoder else looks
             if self.router == "look" and any(budget > self.narrow_budget for budget in narrow):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Budgets, scores and gates: what a router promises, and that its gradient is the documented one."""
+"""The paper's routers: budgets, scores and gates, the gradient of the gates, and closed heads that are not computed."""
 
 import math
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 
-from conftest import budgetformer, stock_config
+from conftest import LONGEST, batch_of, budgetformer, stock_config
 from hf_budgetformer import BudgetFormerConfig
 from hf_budgetformer.losses import (
     attach_loss,
@@ -19,24 +21,29 @@ from hf_budgetformer.losses import (
     task_cost,
     teacher_divergence,
 )
-from hf_budgetformer.routing import (
+from hf_budgetformer.packing import PaddedBatch, find_packing
+from hf_budgetformer.relevance import (
     ExplorationSchedule,
     GateLinear,
+    GatedSelfAttention,
     HeadRouter,
     OwnBudget,
+    attend_gated,
+    attend_open_heads,
     budget_to_logit,
     count_open,
     count_open_ceil,
     gate_surrogate,
+    gathering_pays,
     least_budget,
     pool_tokens,
-    rank_heads,
+    places_by_score,
     score_threshold,
 )
 
 
 def config_of(**fields):
-    return BudgetFormerConfig.from_backbone_config(stock_config("bert"), **fields)
+    return BudgetFormerConfig.from_backbone_config(stock_config("bert"), router="layer", **fields)
 
 
 def router_of(**fields):
@@ -109,7 +116,7 @@ def test_what_is_asked_lies_between_one_head_and_all():
 
 
 def test_ranks_break_ties_by_the_lower_index():
-    assert rank_heads(torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).tolist() == [
+    assert places_by_score(torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).tolist() == [
         [3, 0, 1, 2],
         [0, 1, 2, 3],
     ]
@@ -150,14 +157,14 @@ def test_an_infinite_logit_opens_all_heads(gate_type):
 def test_a_fresh_router_spends_what_is_asked_and_scores_near_zero():
     config = config_of(need_scale=0.0)
     router = HeadRouter(config)
-    initialise = budgetformer("bert", stir=False)._init_weights
+    initialise = budgetformer("bert", router="layer")._init_weights
     own = OwnBudget(config)
     for module in [*router.modules(), own]:
         initialise(module)
     asked = torch.tensor([0.3, 0.4, 0.9])
     budget = router(torch.randn(3, 16), budget_to_logit(asked, 1 / 4), torch.rand(3)).budget
     torch.testing.assert_close(budget, asked)
-    torch.testing.assert_close(own(), budget_to_logit(torch.tensor([config.target_head_budget]), 1 / 4))
+    torch.testing.assert_close(own(), budget_to_logit(torch.tensor([config.target_budget]), 1 / 4))
 
 
 def test_inputs_that_need_more_are_given_more_and_none_can_run_away():
@@ -201,7 +208,7 @@ def surrogate_inputs(seed):
     generator = torch.Generator().manual_seed(seed)
     budget = (torch.rand(5, generator=generator, dtype=torch.float64) * 0.8 + 0.1).requires_grad_()
     scores = torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_()
-    ranks = rank_heads(scores.detach())
+    ranks = places_by_score(scores.detach())
     threshold = score_threshold(scores, count_open(budget.detach(), torch.full_like(budget, 0.5), 4)[0])
     return budget, scores, ranks, threshold
 
@@ -226,7 +233,7 @@ def test_hard_gates_take_the_surrogates_gradient(seed):
     got = torch.autograd.grad((gates * direction).sum(), [budget, scores], retain_graph=True)
 
     count = gates.detach().sum(-1).long()
-    smooth = gate_surrogate(budget, scores, rank_heads(scores.detach()), score_threshold(scores, count), 0.7)
+    smooth = gate_surrogate(budget, scores, places_by_score(scores.detach()), score_threshold(scores, count), 0.7)
     expected = torch.autograd.grad((smooth * direction).sum(), [budget, scores])
     torch.testing.assert_close(got, expected)
     assert all(gradient.abs().max() > 0 for gradient in got)
@@ -254,15 +261,15 @@ def test_one_adam_step_moves_the_router_multiplier_times_further(multiplier):
 
 
 def test_weight_decay_does_not_touch_the_own_budget(tmp_path):
-    model = budgetformer("bert")
+    model = budgetformer("bert", router="layer")
     trainer = Trainer(model, TrainingArguments(tmp_path, weight_decay=0.1))
     decayed = trainer.get_decay_parameter_names(model)
-    assert "bert.own_budget.bias" not in decayed
+    assert "bert.encoder.own_budget.bias" not in decayed
     assert "bert.encoder.layer.0.router.scorer.weight" in decayed
 
 
 def test_the_own_budget_keeps_a_finite_logit_at_its_extremes():
-    own = OwnBudget(config_of(target_head_budget=1.0))
+    own = OwnBudget(config_of(target_budget=1.0))
     assert math.isfinite(own.initial)
 
 
@@ -288,7 +295,10 @@ def test_no_exploration_steps_means_exploitation_from_the_start():
 def test_pooling_ignores_padding_and_passes_no_gradient():
     hidden = torch.randn(2, 5, 16, requires_grad=True)
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
-    pooled = pool_tokens(hidden, mask)
+    pooled = pool_tokens(hidden, PaddedBatch(mask))
+    packing = find_packing(mask, (2, 5), hidden.device)
+    packed = packing.unsort(pool_tokens(packing.pack(hidden), packing))
+    torch.testing.assert_close(packed, pooled)
     expected = torch.nn.functional.layer_norm(torch.stack([hidden[0, :3].mean(0), hidden[1, 1:].mean(0)]), (16,))
     torch.testing.assert_close(pooled, expected.detach())
     assert not pooled.requires_grad
@@ -355,3 +365,136 @@ def test_an_attached_loss_is_trained_by_whatever_is_computed_from_the_tensor():
     assert tensor.tolist() == [2.0] * 4
     (5.0 * tensor.sum()).backward()
     assert (weight.grad.item(), other.grad.item()) == (20.0, 6.0)
+
+
+# Heads that are closed
+
+
+HEADS = 6
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """Self-attention and output projection of 6 heads of 4, in eval mode."""
+    torch.manual_seed(0)
+    config = BudgetFormerConfig(hidden_size=24, num_attention_heads=HEADS)
+    config._attn_implementation = "sdpa"
+    return GatedSelfAttention(config).eval(), torch.nn.Linear(24, 24)
+
+
+def random_gates(rows, generator, heads=HEADS):
+    counts = torch.randint(1, heads + 1, (rows, 1), generator=generator)
+    return (torch.rand(rows, heads, generator=generator).argsort(-1) < counts).float()
+
+
+@torch.no_grad()
+def test_open_heads_alone_give_what_all_heads_and_gates_give(layer):
+    generator = torch.Generator().manual_seed(0)
+    for case in range(300):
+        rows, length = 1 + case % 7, 1 + case % 11
+        mask = (torch.rand(rows, length, generator=generator) < 0.7).long()
+        mask[:, -1] = 1
+        gates = random_gates(rows, generator)
+        if case % 3 == 0:  # some inputs agree
+            gates = gates[torch.randint(rows, (rows,), generator=generator)]
+        packing = find_packing(mask, (rows, length), mask.device)
+        hidden = packing.pack(torch.randn(rows, length, 24, generator=generator))
+        expected = attend_gated(*layer, hidden, packing, packing.sort(gates))
+        got = attend_open_heads(*layer, hidden, packing, packing.sort(gates))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_closed_heads_cost_nothing(layer):
+    """Work falls with the sum over inputs of open heads times tokens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [16, 12, 12, 5, 1]
+    mask = (torch.arange(16) < torch.tensor(lengths)[:, None]).long()
+    packing, hidden = find_packing(mask, (5, 16), mask.device), torch.randn(sum(lengths), 24)
+    for _ in range(10):
+        gates = random_gates(5, generator)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            attend_open_heads(*layer, hidden, packing, gates)
+        pairs = sum(k * n for k, n in zip(gates.sum(-1).tolist(), lengths, strict=True))
+        squares = sum(k * n * n for k, n in zip(gates.sum(-1).tolist(), lengths, strict=True))
+        assert counter.get_total_flops() == pytest.approx(2 * 4 * 4 * 24 * pairs + 4 * 4 * squares, rel=1e-6)
+
+
+def test_weights_are_gathered_only_where_that_pays():
+    long, short = (find_packing(None, (4, length), torch.device("cpu")) for length in (512, 8))
+    agree, differ = torch.eye(12)[:1].expand(4, 12), torch.rand(4, 12).lt(0.5).float()
+    assert gathering_pays(agree, long)
+    assert not gathering_pays(torch.ones(4, 12), long)
+    assert not gathering_pays(differ, short)
+
+
+@pytest.mark.parametrize("gate_type", ["hard", "soft"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("budget", [None, 0.25, 0.5, 1.0, "own"])
+@torch.no_grad()
+def test_the_packed_model_equals_the_masked_one(backbone_type, side, budget, gate_type):
+    model = budgetformer(backbone_type, router="layer", gate_type=gate_type)
+    batch = batch_of([9, LONGEST, 12, 1, 9], backbone_type, side)
+    budget = torch.tensor([0.3, 0.9, 1.0, 0.25, 0.6]) if budget == "own" else budget
+    asked = {**batch, "budget": budget, "output_head_gates": True}
+    expected, got = model(**asked, executor="masked"), model(**asked)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got.head_gates, expected.head_gates)
+    torch.testing.assert_close(got.budget, got.head_gates.mean((1, 2)))
+
+
+def test_all_heads_open_is_the_stock_model(backbone_type):
+    model = budgetformer(backbone_type, router="layer")
+    plain = budgetformer(backbone_type)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    batch = batch_of([7, 12, 1, 4], backbone_type)
+    expected = plain(**batch, budget=1.0, executor="masked").logits
+    assert torch.equal(model(**batch, budget=1.0, executor="masked").logits, expected)
+
+
+def test_gradients_of_a_packed_training_step_equal_the_padded_ones(backbone_type):
+    original, batch = budgetformer(backbone_type, router="layer"), batch_of([9, 4, 12, 1, 9], backbone_type)
+    gradients = {}
+    for executor in ("masked", "auto"):
+        original.zero_grad()
+        original.train()
+        torch.manual_seed(5)
+        original(**batch, labels=torch.tensor([0, 1, 2, 0, 1]), budget=1.0, executor=executor).loss.backward()
+        gradients[executor] = {name: parameter.grad.clone() for name, parameter in original.named_parameters()}
+    for name, gradient in gradients["masked"].items():
+        torch.testing.assert_close(gradients["auto"][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_every_parameter_gets_a_gradient_whether_a_budget_was_requested_or_not(backbone_type):
+    """Distributed training waits for each."""
+    for budget in (None, 0.5, 1.0):
+        model = budgetformer(backbone_type, router="layer").train()
+        batch = batch_of([7, 12, 1, 4], backbone_type)
+        model(**batch, labels=torch.tensor([0, 1, 2, 0]), budget=budget).loss.backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_the_routers_terms_are_trained_once_whoever_computes_the_loss(backbone_type, outside):
+    model = budgetformer(backbone_type, router="layer", need_scale=0.0).train()
+    batch, labels = batch_of([7, 12, 1, 4], backbone_type), torch.tensor([0, 1, 2, 0])
+    found = []
+    for own in (True, False):
+        model.zero_grad()
+        torch.manual_seed(0)
+        outputs = model(**batch, labels=labels)
+        if own or not outside:
+            outputs.loss.backward()
+        else:
+            torch.nn.functional.cross_entropy(outputs.logits, labels).backward()
+        found.append(model.base_model.encoder.own_budget.bias.grad.clone())
+    assert found[0].abs() > 0
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_plain_call_asks_for_what_the_configuration_says(backbone_type):
+    model, batch = budgetformer(backbone_type, router="layer"), batch_of([7, 12, 1, 4], backbone_type)
+    asked = model(**batch, budget=0.5)
+    model.config.looks = [0.5]
+    assert torch.equal(model(**batch).logits, asked.logits)
+    assert model(**batch).head_gates is None
