@@ -162,12 +162,7 @@ class ExplorationSchedule(nn.Module):
 def pool_tokens(hidden: torch.Tensor, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
     """Mean over real tokens, layer-normed without parameters, cut off from the backbone's gradient.
 
-    Args:
-        hidden: (B, L, D) or packed (T, D), float.
-        batch: How the tokens lie.
-
-    Returns:
-        (B, D), at least float32; of a packed batch in packed order.
+    (B, L, D) or packed (T, D) -> (B, D), at least float32; of a packed batch in packed order.
     """
     hidden = _in_full_precision(hidden.detach())
     if isinstance(batch, PaddedBatch):
@@ -194,17 +189,9 @@ def places_by_score(scores: torch.Tensor) -> torch.Tensor:
 def count_open(budget: torch.Tensor, carry: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Open heads of a layer, whole, such that the layers together spend what their budgets say.
 
-    What rounding down leaves over is carried to the next layer (error diffusion), so that the heads of all layers
-    differ from the sum of their budgets by less than one. With a first carry drawn uniformly from [0, 1) every layer
-    opens `budget * heads` in the mean (systematic sampling): so in training; at inference it is one half.
-
-    Args:
-        budget: (B,), shares in [0, 1].
-        carry: (B,), in [0, 1].
-        heads: Number of heads H.
-
-    Returns:
-        (B,) int64 within [1, H], and the carry for the next layer, (B,).
+    What rounding down leaves over is carried to the next layer (error diffusion). With a first carry drawn uniformly
+    from [0, 1) every layer opens `budget * heads` in the mean: so in training; at inference it is one half. Budget (B,)
+    and carry (B,), both in [0, 1] -> (B,) int64 within [1, heads], and the next layer's carry (B,).
     """
     amount = budget * heads + carry
     count = (amount + _ROUNDING_SLACK).long().clamp(1, heads)
@@ -219,12 +206,7 @@ def count_open_ceil(budget: torch.Tensor, heads: int) -> torch.Tensor:
 def score_threshold(scores: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Midway between the last open and the first closed head's score; minus infinity where all are open.
 
-    Args:
-        scores: (B, H).
-        count: (B,) int64, open heads.
-
-    Returns:
-        (B, 1), detached: the surrogate treats it as a constant.
+    Scores (B, H), counts of open heads (B,) int64 -> (B, 1), detached: the surrogate treats it as a constant.
     """
     ranked = F.pad(scores.detach().sort(dim=-1, descending=True).values, (0, 1), value=-math.inf)  # (B, H + 1)
     return (ranked.gather(-1, count[:, None] - 1) + ranked.gather(-1, count[:, None])) / 2
@@ -241,17 +223,7 @@ def gate_surrogate(
 
     `clamp(budget * H - place, 0, 1) + sigmoid((score - threshold) / temperature)`: the first term tells the budget
     what one more head is worth, the second tells the scores which head it should be. Places and threshold are
-    constants in it.
-
-    Args:
-        budget: (B,), shares.
-        scores: (B, H).
-        places: (B, H) int64, see `places_by_score`.
-        threshold: (B, 1), see `score_threshold`.
-        temperature: Scalar > 0.
-
-    Returns:
-        (B, H).
+    constants in it. Budget (B,), scores and places (B, H), threshold (B, 1), temperature a scalar > 0 -> (B, H).
     """
     share_open = (budget[:, None] * scores.shape[-1] - places).clamp(0.0, 1.0)
     return share_open + torch.sigmoid((scores - threshold) / temperature)
@@ -319,12 +291,8 @@ class HeadRouter(nn.Module):
     ) -> Routing:
         """Routes a batch. Training mode explores and passes gradients; inference is deterministic and passes none.
 
-        Args:
-            pooled: (B, D), see `pool_tokens`.
-            budget_logit: (B,), the budget asked for, see `budget_to_logit`; infinity opens all heads.
-            carry: (B,), of the layer before, see `count_open`.
-            temperature: Scalar > 0 of the scores; training only.
-            noise: Scalar >= 0, scale of the Gumbel noise on the scores; training only.
+        Pooled inputs (B, D), the budget asked for as a logit (B,), the carry of the layer before (B,); of the scores
+        while training the temperature and the scale of their Gumbel noise.
         """
         with torch.autocast(pooled.device.type, enabled=False):
             budget, need = self.controller(pooled, budget_logit)
@@ -362,17 +330,7 @@ class GatedSelfAttention(BertSelfAttention):
         gates: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends, then gates.
-
-        Args:
-            hidden_states: (B, L, D).
-            attention_mask: As the attention implementation wants it, see `transformers.masking_utils`.
-            gates: (B, H), float; None leaves all heads open.
-            **kwargs: For the attention implementation.
-
-        Returns:
-            The context (B, L, D), and the attention weights (B, H, L, L) where the implementation gives them.
-        """
+        """As upstream, then gates (B, H); None leaves all heads open."""
         context, weights = super().forward(hidden_states, attention_mask, **kwargs)
         if gates is not None:
             heads = context.unflatten(-1, (self.num_attention_heads, self.attention_head_size))  # (B, L, H, d)
@@ -383,17 +341,9 @@ class GatedSelfAttention(BertSelfAttention):
 def attend_gated(
     attention: BertSelfAttention, output: nn.Module, hidden: torch.Tensor, batch: PackedBatch, gates: torch.Tensor
 ) -> torch.Tensor:
-    """Attention of a packed batch, every head computed, then gated: dense work; trainable.
+    """Attention of a packed batch (T, D) and its output projection, every head computed, then gated; trainable.
 
-    Args:
-        attention: The layer's self-attention.
-        output: The layer's output projection.
-        hidden: (T, D).
-        batch: How the tokens lie.
-        gates: (B, H) in packed order.
-
-    Returns:
-        (T, D), the result of the output projection.
+    Gates (B, H) are in packed order.
     """
     heads = (attention.num_attention_heads, attention.attention_head_size)
     parts = [layer(hidden).unflatten(-1, heads) for layer in (attention.query, attention.key, attention.value)]
@@ -606,17 +556,9 @@ class RoutedEncoder(nn.Module):
         need: torch.Tensor,
         problem_type: str,
     ) -> torch.Tensor:
-        """What the answers add to the routers' terms: the teacher's divergence, and the regression of need.
+        """What the answers add to the routers' terms: the teacher's divergence, and the regression of need; a scalar.
 
-        Args:
-            logits: (B, num_labels).
-            labels: As in `forward`, or None.
-            teacher_logits: (B, num_labels), or None.
-            need: (B, layers), see `Routing`.
-            problem_type: As in a configuration.
-
-        Returns:
-            Scalar.
+        Logits and teacher's logits (B, num_labels), labels as in `forward`, need (B, layers).
         """
         total = logits.new_zeros(())
         cost = None if labels is None else task_cost(logits.detach(), labels, problem_type)
