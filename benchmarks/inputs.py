@@ -91,7 +91,7 @@ def build_models(settings: dict[str, Any]) -> tuple[Any, Any]:
     else:
         source = minilm() if settings["model"] == "minilm" else settings["model"]
         stock = AutoModelForSequenceClassification.from_pretrained(source)
-    fields = {name: settings[name] for name in ("narrow_budget",) if name in settings}
+    fields = {name: settings[name] for name in ("narrow_budget", "freeze_full") if name in settings}
     config = BudgetFormerConfig.from_backbone_config(stock.config, **fields)
     ours: Any = BudgetFormerForSequenceClassification(config)
     ours.load_state_dict(stock.state_dict(), strict=False)

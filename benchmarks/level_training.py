@@ -1,4 +1,4 @@
-"""Steps of the plain Trainer on ours and on the stock model, the same batches."""
+"""Steps of the plain Trainer on the stock model, on ours learning whole, and on ours beside a frozen full model."""
 
 import argparse
 import tempfile
@@ -45,12 +45,31 @@ def train(model: Any, rows: list[dict[str, Any]], cell: dict[str, Any], folder: 
     return clock.seconds / cell["steps"]
 
 
+def make_models(settings: dict[str, Any], rows: list[dict[str, Any]], agreement: Agreement) -> dict[str, Any]:
+    """The models whose steps are timed, once they agree: the full model with stock, packed with masked."""
+    stock, learning = build_models(settings)
+    _, frozen = build_models({**settings, "freeze_full": True})
+    stock.accepts_loss_kwargs = False  # or it would be given what changes its loss under accumulation, ours not
+    [batch] = make_batches([row["input_ids"] for row in rows[:8]], 8, False)
+    for name, model in (("full model learning", learning), ("full model frozen", frozen)):
+        agreement.check(name, model(**batch, budget=1.0, executor="masked").logits, stock(**batch).logits)
+        # Gradients on: the path that training takes.
+        for budget in (1.0, model.config.narrow_budget):
+            masked = model(**batch, budget=budget, executor="masked").logits
+            agreement.check(f"{name}, packed", model(**batch, budget=budget).logits, masked)
+    return {"stock": stock, "learning": learning, "frozen": frozen}
+
+
 def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Steps of the plain Trainer on ours and on the stock model, the same batches."""
+    """Times a step of each model, interleaved, on the same batches.
+
+    "learning" is the default: both encoders learn. "frozen" is `freeze_full` with `teacher_logits` in the rows, where
+    the full model does not run. "cost" is our time over stock's.
+    """
     agreement, sources = Agreement(settings["dtype"]), {}
     found: dict[str, dict[str, Any]] = {str(threads): {} for threads in settings["threads"]}
-    for cell in settings["cells"]:
-        cell = {**CELL, **cell}
+    for given in settings["cells"]:
+        cell = {**CELL, **given}
         # For the shuffling of the Trainer to draw from: every round has batches of its own.
         count = cell["batch_size"] * cell["steps"] * 8
         texts, sources[cell["data"]] = read_texts(cell["data"], options.data, count, settings["seed"])
@@ -58,23 +77,25 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
             {"input_ids": ids, "labels": index % 2}  # the time does not depend on them
             for index, ids in enumerate(tokenize(texts, cell["max_length"]))
         ]
-        stock, ours = build_models(settings)
-        stock.accepts_loss_kwargs = False  # or it would be given what changes its loss under accumulation, ours not
-        [batch] = make_batches([row["input_ids"] for row in rows[:8]], 8, False)
-        agreement.check("stock", stock(**batch).logits, ours(**batch, head_budget=1.0, executor="masked").logits)
-        # Gradients on: the path that training takes.
-        agreement.check("packed", ours(**batch).logits, ours(**batch, executor="masked").logits)
+        taught = [{**row, "teacher_logits": [0.5, -0.5]} for row in rows]
+        models = make_models(settings, rows, agreement)
         with tempfile.TemporaryDirectory() as folder:
             for threads, cells in found.items():
                 torch.set_num_threads(int(threads))
                 runs = {
-                    name: partial(train, model, rows, cell, folder)
-                    for name, model in (("stock", stock), ("ours", ours))
+                    name: partial(train, model, taught if name == "frozen" else rows, cell, folder)
+                    for name, model in models.items()
                 }
                 times = interleave(runs, settings["repeats"])
                 cells[f"{cell['data']} {cell['dtype']}"] = {
                     "cell": cell,
-                    **{name: {"seconds_per_step": spread(x)} for name, x in times.items()},
-                    "ratio": ratio(times, "ours", "stock"),
+                    **{
+                        name: {
+                            "seconds_per_step": spread(seconds),
+                            "ratio": ratio(times, name, "stock"),
+                            "cost": ratio(times, "stock", name),
+                        }
+                        for name, seconds in times.items()
+                    },
                 }
     return {"agreement": agreement.to_dict(), "data": list(sources.values()), "figures": found}

@@ -1,12 +1,13 @@
-"""What the examples share: reading labelled texts from anywhere, and scoring a classifier at a head budget."""
+"""What the examples share: reading labelled texts from anywhere, and asking a classifier at a budget."""
 
 import importlib.resources
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset  # type: ignore[import-untyped]
-from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from docstrings import load_docstrings
 
@@ -93,37 +94,63 @@ def tokenized(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: in
     return texts.map(cut, batched=True, remove_columns=[name for name in texts.column_names if name != "label"])
 
 
-def metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy; where the model reports the share of heads, its mean and its standard deviation over inputs."""
-    logits, *shares = prediction.predictions if isinstance(prediction.predictions, tuple) else [prediction.predictions]
-    found = {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
-    return {**found, "heads": float(shares[0].mean()), "spread": float(shares[0].std())} if shares else found
+def make_batches(rows: Dataset, tokenizer: PreTrainedTokenizerBase, size: int = 32) -> list[dict[str, torch.Tensor]]:
+    """Padded batches of tokenized rows, in the order in which they come."""
+    collate = DataCollatorWithPadding(tokenizer)
+    return [dict(collate(rows.select(range(at, min(at + size, len(rows)))).to_list())) for at in range(0, len(rows), size)]
 
 
-def score(trainer: Trainer, test: Dataset, head_budget: float | None = None) -> tuple[float, float, float, float]:
-    """Accuracy, mean and spread of the share of heads really used, and seconds for all of the texts.
+class Answers(NamedTuple):
+    """What a classifier says of some batches.
 
     Args:
-        trainer: A plain Trainer with `metrics`.
-        test: Tokenized texts.
-        head_budget: Share of the heads every input is given; None: the model's own choice. A stock model uses all.
+        labels: (rows,), int64.
+        correct: (rows,), bool.
+        budget: Mean share of the full model's work that was spent.
+        seconds: For all of them, the model's alone.
     """
-    config: Any = trainer.model.config  # type: ignore[union-attr]
-    before = getattr(config, "head_budget", None)
-    config.head_budget = head_budget
-    try:
-        # ignore_keys: or else the Trainer would leave the shares out.
-        found: Any = trainer.predict(test, ignore_keys=[]).metrics
-    finally:
-        config.head_budget = before
-    return found["test_accuracy"], found.get("test_heads", 1.0), found.get("test_spread", 0.0), found["test_runtime"]
+
+    labels: torch.Tensor
+    correct: torch.Tensor
+    budget: float
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the rows that are right."""
+        return self.correct.double().mean().item()
 
 
-def print_table(rows: list[tuple[str, float, float, float, float]]) -> None:
-    """Prints name, accuracy, seconds, and the share of heads with its standard deviation over inputs, one row each."""
-    width = max(len(name) for name, *_ in rows)
-    print(f"\n{'':<{width}}  accuracy  seconds  heads used")
-    for name, accuracy, heads, spread, seconds in rows:
-        varies = f" ± {spread:.1%}" if spread else ""
-        print(f"{name:<{width}}  {accuracy:>8.3f}  {seconds:>7.1f}  {heads:>6.1%}{varies}")
-    print()
+@torch.inference_mode()
+def answer(model: Any, batches: list[dict[str, torch.Tensor]], budget: float | None = None) -> Answers:
+    """Asks a classifier, batch by batch.
+
+    Args:
+        model: A stock classifier, or a BudgetFormer.
+        batches: What `make_batches` made, with labels.
+        budget: Share of the full model's work; None: a plain call, as a stock model takes it.
+    """
+    model.eval()
+    options = {} if budget is None else {"budget": budget}
+    inputs = [{name: x.to(model.device) for name, x in batch.items() if name != "labels"} for batch in batches]
+    model(**inputs[0], **options)  # warms up
+    start = time.perf_counter()
+    outputs = [model(**batch, **options) for batch in inputs]
+    labels = torch.cat([output.logits.argmax(-1).cpu() for output in outputs])
+    seconds = time.perf_counter() - start
+    spent = [output.get("budget", torch.ones(len(output.logits))).cpu() for output in outputs]
+    correct = labels == torch.cat([batch["labels"] for batch in batches])
+    return Answers(labels, correct, torch.cat(spent).mean().item(), seconds)
+
+
+def print_table(rows: dict[str, Answers], reference: str) -> None:
+    """Prints accuracy, agreement with the answers of one row, seconds and mean budget, one row for each name."""
+    width = max(map(len, rows))
+    expected = rows[reference]
+    print(f"\n{'':<{width}}  accuracy  agreement  seconds  mean budget")
+    for name, found in rows.items():
+        agreement = (found.labels == expected.labels).double().mean().item()
+        print(f"{name:<{width}}  {found.accuracy:>8.4f}  {agreement:>9.4f}  {found.seconds:>7.2f}  {found.budget:>11.3f}")
+    error = (expected.accuracy * (1.0 - expected.accuracy) / len(expected.labels)) ** 0.5
+    print(f"{len(expected.labels)} texts; the standard error of an accuracy is {error:.3f}.")
+    print(f"Agreement: same label as {reference}. Mean budget: share of the full model's work.\n")

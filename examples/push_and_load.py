@@ -3,7 +3,7 @@
     python examples/push_and_load.py --local shared-model
     python examples/push_and_load.py --model google-bert/bert-base-uncased --repo my-budgetformer
 
-Takes a BudgetFormer checkpoint as it is; a plain BERT or RoBERTa one gets fresh routers. Pushing needs a login
+Takes a BudgetFormer checkpoint as it is; a plain BERT or RoBERTa one gets an untrained narrow encoder. Pushing needs a login
 (`hf auth login`) or the environment variable HF_TOKEN.
 """
 
@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hf_budgetformer import BudgetFormerForSequenceClassification
 
 
-TEXTS = ["A short one.", "Another input, rather longer than the first, which may get more attention heads."]
+TEXTS = ["A short one.", "Another input, rather longer than the first, which may get a second look."]
 
 
 def demo_checkpoint() -> str:
@@ -35,9 +35,9 @@ def demo_checkpoint() -> str:
 
 @torch.no_grad()
 def classify(model: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, num_labels) and the share of heads spent (B,) for TEXTS."""
+    """Logits (B, num_labels) and the budget spent (B,) on TEXTS."""
     outputs = model(**tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt"))
-    return outputs.logits, outputs.head_budget
+    return outputs.logits, outputs.budget
 
 
 def share(model: Any, tokenizer: Any, repo: str | None, folder: Path | None) -> str:
@@ -81,7 +81,7 @@ def main() -> None:
     if difference > 1e-5:
         parser.error(f"the model loaded from {name} answers differently: logits are off by {difference:.1e}")
     print(f"{'Saved' if args.repo is None else 'Pushed'} {source} to {name}: weights, code, configuration, tokenizer.")
-    print(f"Loaded it back: same logits; share of heads spent on two texts: {[round(s, 3) for s in spent.tolist()]}.")
+    print(f"Loaded it back: same logits; budget spent on two texts: {[round(s, 3) for s in spent.tolist()]}.")
     print("Others load it without this package, once they have read the code that comes with it:")
     print(f"    AutoModelForSequenceClassification.from_pretrained({name!r}, trust_remote_code=True)")
 

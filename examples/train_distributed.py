@@ -2,7 +2,7 @@ r"""Trains a BudgetFormer with the plain Trainer in as many processes as are sta
 
     python examples/train_distributed.py --output_dir out
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_distributed.py \
-        --model my-fine-tuned-bert --teacher my-fine-tuned-bert --dataset reviews.csv --output_dir out
+        --model my-fine-tuned-bert --freeze_full true --dataset reviews.csv --output_dir out
 
 Beside the options below, those of `transformers.TrainingArguments` are options here; batch sizes are those of one
 process. `--resume_from_checkpoint FOLDER` goes on where a checkpoint was made by as many processes.
@@ -11,18 +11,22 @@ process. `--resume_from_checkpoint FOLDER` goes on where a checkpoint was made b
 import argparse
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
-from datasets import DatasetDict  # type: ignore[import-untyped]
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from datasets import Dataset, DatasetDict  # type: ignore[import-untyped]
+from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from common import DOCSTRINGS, demo_checkpoint, metrics, print_table, read_config, read_texts, score, tokenized
+from common import DOCSTRINGS, demo_checkpoint, read_config, read_texts, tokenized
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits
+from hf_budgetformer.tools.tuning import calibrate_margins
 
 
-BUDGETS = {"own budget": None, "all heads": 1.0, "1/4": 0.25}
+# What a plain call does, by `config.looks`. One look: processes that share a sharded model must all run the same part.
+LOOKS = {"full model": [1.0], "1/4": [0.25]}
 
 
 @dataclass
@@ -30,7 +34,8 @@ class Source:
     """What is trained, and on what."""
 
     model: str = field(default="", metadata={"help": "BERT, RoBERTa or BudgetFormer: folder or Hub id"})
-    teacher: str = field(default="", metadata={"help": "fine-tuned classifier to learn from: folder or Hub id"})
+    freeze_full: bool = field(default=False, metadata={"help": "the model is fine-tuned already and stays as it is"})
+    teacher: str = field(default="", metadata={"help": "fine-tuned classifier to learn from; default with freeze_full: model"})
     dataset: str = field(default=DOCSTRINGS, metadata={"help": "file, folder or Hub id with columns text and label"})
     max_length: int = field(default=64, metadata={"help": "tokens read of a text"})
 
@@ -39,6 +44,25 @@ def shard_without_gpus(arguments: TrainingArguments) -> None:
     """Has FSDP heeded where there is no GPU: accelerate 1.15 would leave the model whole and say nothing."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and arguments.device.type == "cpu":
         arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
+
+
+def metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy; and the mean budget where the Trainer was told to keep it."""
+    outputs = prediction.predictions
+    logits, *spent = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
+    return {**found, "budget": float(spent[0].mean())} if spent else found
+
+
+def score(trainer: Trainer, test: Dataset, looks: list[float]) -> tuple[float, float]:
+    """Accuracy and mean budget of plain calls with other looks, asked in all processes."""
+    config: Any = trainer.model.config  # type: ignore[union-attr]
+    before, config.looks = config.looks, looks
+    try:
+        found: Any = trainer.predict(test, ignore_keys=[]).metrics  # or else it would leave the budgets out
+    finally:
+        config.looks = before
+    return found["test_accuracy"], found["test_budget"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,31 +78,39 @@ def main(argv: list[str] | None = None) -> None:
     with arguments.main_process_first():  # the others find it in the cache
         texts = read_texts(source.dataset)
         data = DatasetDict({split: tokenized(rows, tokenizer, source.max_length) for split, rows in texts.items()})
-        if source.teacher:
-            data["train"] = add_teacher_logits(data["train"], source.teacher, tokenizer)
+        teacher = source.teacher or (name if source.freeze_full else "")
+        if teacher:  # with freeze_full a step then costs what the narrow encoder costs
+            data["train"] = add_teacher_logits(data["train"], teacher, tokenizer)
+        # On one half it is measured how sure the first look is, on the other how good the answers are.
+        parts = data["test"].train_test_split(0.5, seed=arguments.seed)
     labels = texts["train"].features["label"].names
     set_seed(arguments.seed)  # what is new in the model is the same everywhere
     model = BudgetFormerForSequenceClassification.from_pretrained(
-        name, id2label=dict(enumerate(labels)), label2id={label: number for number, label in enumerate(labels)}
+        name,
+        freeze_full=source.freeze_full,
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
     )
     trainer = Trainer(
         model,
         arguments,
         train_dataset=data["train"],
-        eval_dataset=data["test"],
+        eval_dataset=parts["train"],
         processing_class=tokenizer,
         compute_metrics=metrics,
-        # 0 is a wish for no exploration, which the callback would set to the length of the training.
-        callbacks=[BudgetCallback()] if model.config.exploration_steps else None,
+        callbacks=[BudgetCallback()],
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    if model.narrow is not None:
+        calibrate_margins(model, trainer.get_eval_dataloader())
     trainer.save_model()
-    rows = [(name, *score(trainer, data["test"], budget)) for name, budget in BUDGETS.items()]
+    found = {label: score(trainer, parts["test"], looks) for label, looks in LOOKS.items()}
     if trainer.is_world_process_zero():
         print(
             f"{arguments.world_size} processes, {trainer.accelerator.distributed_type.value} on {arguments.device.type}"
         )
-        print_table(rows)
+        for label, (accuracy, budget) in found.items():
+            print(f"{label:<10}  accuracy {accuracy:.4f}  mean budget {budget:.3f}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from conftest import batch_of, budgetformer
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from paper import report, run
+from paper import flops, report, run
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 TINY = {
@@ -77,7 +79,7 @@ def test_every_variant_is_trained_and_measured(results):
         assert found["settings"]["fields"] == fields
         assert found["figures"]["training"]["steps"] == 3
         evaluations = found["figures"]["evaluations"]
-        wanted = {"own"} if "head_budget" in fields else {"own", "0.1", "0.25", "0.5", "1.0"}
+        wanted = {"own"} if "looks" in fields else {"own", "0.1", "0.25", "0.5", "1.0"}
         assert evaluations.keys() == wanted | ({"random"} if name == "literal" else set())
         for x in evaluations.values():
             assert 0 <= x["accuracy"] <= 1
@@ -108,7 +110,7 @@ def test_the_difference_of_soft_and_hard_gates_is_measured(results):
 
 
 def test_soft_gates_are_those_of_training():
-    model = budgetformer("bert", **run.LITERAL, exploration_steps=0)
+    model = budgetformer("bert", router="layer", **run.LITERAL, exploration_steps=0)
     batch = batch_of([5, 9, 3])
     with torch.no_grad():
         before = model(**batch).logits
@@ -121,17 +123,30 @@ def test_soft_gates_are_those_of_training():
 
 
 def test_random_heads_are_as_many_and_the_routers_are_put_back():
-    model = budgetformer("bert", stir=False, **run.LITERAL)
+    model = budgetformer("bert", stir=False, router="layer", **run.LITERAL)
     batch = batch_of([5, 9, 3, 7, 4, 8])
     with torch.no_grad():
-        own = model(**batch, output_head_gates=True, head_budget=0.3).head_gates
+        own = model(**batch, output_head_gates=True, budget=0.3).head_gates
         with run.random_heads(model):
-            drawn = model(**batch, output_head_gates=True, head_budget=0.3).head_gates
+            drawn = model(**batch, output_head_gates=True, budget=0.3).head_gates
         assert (own.sum(-1) == 2).all()
         assert (drawn.sum(-1) == 2).all()
         assert not torch.equal(own[:, 0], drawn[:, 0])
-        assert torch.equal(model(**batch, output_head_gates=True, head_budget=0.3).head_gates, own)
-    assert not any("_choose" in vars(layer.router) for layer in run.layers_of(model))
+        assert torch.equal(model(**batch, output_head_gates=True, budget=0.3).head_gates, own)
+
+
+@pytest.mark.parametrize("budget", [None, 0.5, 1.0])
+def test_flops_are_those_that_torch_counts(budget):
+    """The masked reference computes every head; what closed ones spare is counted off."""
+    model = budgetformer("bert", router="layer", looks=[1.0])
+    batch = batch_of([9, 9, 9])
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        gates = model(**batch, budget=budget, executor="masked", output_head_gates=True).head_gates
+    parts, whole = flops.count_flops(model, batch, budget), flops.count_flops(model, batch, 1.0)
+    assert (parts["router"] > 0) == (budget == 0.5)
+    assert counter.get_total_flops() == pytest.approx(sum(whole.values()) + parts["router"], rel=0.015)
+    for part in ("projections", "core"):
+        assert parts[part] == pytest.approx(gates.mean().item() * whole[part])
 
 
 def test_an_interrupted_command_goes_on(data, tmp_path, monkeypatch, capsys):
@@ -184,6 +199,13 @@ def test_the_experiment_of_the_paper_has_valid_settings():
     settings = run.read_settings(path)
     assert settings["data"] in report.PUBLISHED
     assert len(run.list_runs(settings)) == 13
+
+
+def test_the_committed_results_are_read():
+    text = report.tables(BENCHMARKS / "paper" / "results")
+    for row in ("full attention | 3", "paper-literal | 3", "ours | 3"):
+        assert f"| {row} |" in text
+    assert "| s = 0.25 |" in text
 
 
 def test_tables_show_results_and_published_figures(results, tmp_path):

@@ -67,7 +67,7 @@ random weights. {data["name"]}: {data["train"]["rows"]:,} training rows, {data["
 Published figures (arXiv 2604.22583) are of a model 768 wide, all training rows and 10 epochs.
 
 "As the paper counts" leaves out the attention core (scores and weighted sum) of closed heads; the last column counts
-what the sparse executors compute, routers included. Both are shares of the whole model's FLOPs, padding aside.
+what skipping every closed head computes, routers included. Both are shares of the whole model's FLOPs, padding aside.
 """
 
 

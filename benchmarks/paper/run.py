@@ -1,4 +1,4 @@
-"""The paper's experiment (arXiv 2604.22583), smaller: its encoder, trained from scratch with and without head budgets.
+"""The paper's experiment (arXiv 2604.22583), smaller: its encoder, trained from scratch with and without its routers.
 
     python benchmarks/paper/run.py benchmarks/paper/ag_news.json --data FOLDER
 
@@ -15,10 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -26,20 +25,20 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from inputs import keep_quiet, load_tokenizer
 from measure import environment, read_filled
+from paper.flops import count_flops
 from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_budgetformer import BudgetCallback, BudgetFormerConfig, BudgetFormerForSequenceClassification
-from hf_budgetformer.tools.profiling import profile
 
 
 BUDGETS = (0.1, 0.25, 0.5, 1.0)  # of the paper's ablations
-LITERAL = {"gate_type": "soft", "target_head_budget": None, "budget_sampling": 0.0, "need_scale": 0.0}
+LITERAL = {"gate_type": "soft", "target_budget": None, "budget_sampling": 0.0, "need_scale": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "full": {"head_budget": 1.0},  # full attention: nothing is routed
+    "full": {"looks": [1.0]},  # full attention: nothing is routed
     "literal": LITERAL,  # the paper, word for word
     "ours": {},
-    **{f"literal-{budget}": {**LITERAL, "head_budget": budget} for budget in BUDGETS},  # ablations: a fixed s
+    **{f"literal-{budget}": {**LITERAL, "looks": [budget]} for budget in BUDGETS},  # ablations: a fixed s
 }
 
 SETTINGS: dict[str, Any] = {
@@ -120,6 +119,7 @@ def build_model(settings: dict[str, Any], labels: int) -> Any:
         num_attention_heads=settings["num_attention_heads"],
         max_position_embeddings=settings["max_length"],
         num_labels=labels,
+        router="layer",
         router_lr_multiplier=settings["router_learning_rate"] / settings["learning_rate"],
         **settings["fields"],
     )
@@ -136,8 +136,7 @@ def train(model: Any, rows: list[dict[str, Any]], settings: dict[str, Any]) -> d
             dataloader_pin_memory=False,
         )  # fmt: skip
         collator = DataCollatorWithPadding(load_tokenizer())
-        callback = BudgetCallback(rank=False)  # from scratch no head matters more than another yet
-        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[callback])
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[BudgetCallback()])
         trainer.remove_callback(PrinterCallback)
         found = trainer.train()
     return {"steps": found.global_step, "seconds": found.metrics["train_runtime"], "loss": found.training_loss}
@@ -160,24 +159,34 @@ def hooked(modules: Iterable[nn.Module], keep: Callable[[Any], Any]) -> Iterator
 
 
 @contextmanager
-def patched_routers(model: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """While it lasts, every router has another attribute `name`, made from its own."""
-    with ExitStack() as stack:
-        for layer in layers_of(model):
-            stack.enter_context(mock.patch.object(layer.router, name, make(getattr(layer.router, name))))
-        yield
-
-
-def random_heads(model: Any) -> AbstractContextManager[None]:
+def random_heads(model: Any) -> Iterator[None]:
     """While it lasts, routers open as many heads as they would, but any: others for each input and layer."""
-    return patched_routers(
-        model, "_choose", lambda choose: lambda count, scores: choose(count, torch.rand_like(scores))
-    )
+
+    def draw(module: nn.Module, given: Any, scores: torch.Tensor) -> torch.Tensor:
+        return torch.rand_like(scores)
+
+    handles = [layer.router.scorer.register_forward_hook(draw) for layer in layers_of(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def soft_gates(model: Any) -> AbstractContextManager[None]:
-    """While it lasts, routers weigh heads as they did when training ended, and dropout stays off."""
-    return patched_routers(model, "training", lambda training: True)
+@contextmanager
+def soft_gates(model: Any) -> Iterator[None]:
+    """While it lasts, routers weigh heads as they did when training ended, and dropout stays off.
+
+    Such gates are numbers in between: ask with `executor="masked"`, which multiplies by them.
+    """
+    routers = [layer.router for layer in layers_of(model)]
+    for router in routers:
+        router.train()
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.eval()
 
 
 class Scorer:
@@ -199,18 +208,18 @@ class Scorer:
     def _accuracy(self, logits: list[torch.Tensor]) -> float:
         return (torch.cat(logits).argmax(-1).cpu() == self.labels).double().mean().item()
 
-    def _flops(self, model: Any, head_budget: float | None) -> dict[str, int]:
-        profiles = [profile(model, batch.to(model.device), head_budget).sparse for batch in self.batches]
-        return {part: sum(x[part] for x in profiles) for part in profiles[0]}
+    def _flops(self, model: Any, budget: float | None) -> dict[str, int]:
+        counts = [count_flops(model, batch.to(model.device), budget) for batch in self.batches]
+        return {part: sum(x[part] for x in counts) for part in counts[0]}
 
     @torch.no_grad()
-    def score(self, model: Any, head_budget: float | None = None) -> dict[str, Any]:
+    def score(self, model: Any, budget: float | None = None) -> dict[str, Any]:
         """Accuracy and cost at a budget; None: the model's own, or that of its configuration.
 
         "flops_cut" is the share of full attention's FLOPs, all of the model's on the same tokens, that is saved;
         padding counts in neither. "core_only" is the paper's way of counting: a closed head saves its attention core
-        (scores and weighted sum), its projections are paid all the same, and routers cost nothing. "true" is what the
-        sparse executors compute: projections and cores of open heads, and the routers.
+        (scores and weighted sum), its projections are paid all the same, and routers cost nothing. "true" counts what
+        skipping every closed head computes: projections and cores of open heads, and the routers.
 
         "mean_budget" is the controllers' s, its mean over inputs and layers; "head_share" the share of heads that ran.
         """
@@ -220,12 +229,12 @@ class Scorer:
         budgets: list[torch.Tensor] = []
         routers = [layer.router for layer in layers_of(model)]
         with hooked([model], outputs.append), hooked(routers, lambda routing: budgets.append(routing.budget)):
-            spent = self._flops(model, head_budget)
+            spent = self._flops(model, budget)
         total = sum(self.full.values())
         return {
             "accuracy": self._accuracy([x.logits for x in outputs]),
             "n": len(self.labels),
-            "head_share": torch.cat([x.head_budget for x in outputs]).mean().item(),
+            "head_share": torch.cat([x.budget for x in outputs]).mean().item(),
             "mean_budget": torch.cat(budgets).mean().item() if budgets else 1.0,  # all heads are not routed
             "flops_cut": {
                 "core_only": (self.full["core"] - spent["core"]) / total,
@@ -234,14 +243,14 @@ class Scorer:
         }
 
     @torch.no_grad()
-    def norms(self, model: Any, head_budget: float | None) -> tuple[torch.Tensor, float]:
+    def norms(self, model: Any, budget: float | None) -> tuple[torch.Tensor, float]:
         """L2 norm of each input's gated attention output, before its projection, (inputs, layers); and accuracy."""
         contexts: list[torch.Tensor] = []
         norms, logits = [], []
         with hooked([layer.attention.self for layer in layers_of(model)], lambda found: contexts.append(found[0])):
             for batch in self.batches:
                 batch = batch.to(model.device)
-                logits.append(model(**batch, head_budget=head_budget, executor="masked").logits)
+                logits.append(model(**batch, budget=budget, executor="masked").logits)
                 mask = batch["attention_mask"][..., None]  # (B, L, 1)
                 norms.append(torch.stack([(x * mask).flatten(1).norm(dim=-1) for x in contexts], dim=-1))
                 contexts.clear()
@@ -269,7 +278,7 @@ def run(settings: dict[str, Any], rows: list[dict[str, Any]], labels: int, score
     training = train(model, rows, settings)
     model.eval()
     found = {"own": scorer.score(model)}
-    if "head_budget" not in settings["fields"]:
+    if "looks" not in settings["fields"]:
         found |= {str(budget): scorer.score(model, budget) for budget in BUDGETS}
     if settings["variant"] != "literal":
         return {"figures": {"training": training, "evaluations": found}}
