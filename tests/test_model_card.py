@@ -1,7 +1,7 @@
 """A checkpoint's README: what was measured is in it, what somebody wrote stays, what is wrong is named."""
 
 import json
-import os
+import shutil
 import sys
 from dataclasses import replace
 
@@ -10,45 +10,43 @@ from huggingface_hub import ModelCard
 
 from conftest import budgetformer, stock_folder
 from hf_budgetformer.tools import model_card
-from hf_budgetformer.tools.baselines import prune
 from hf_budgetformer.tools.evaluation import BudgetResult, Evaluation
 from hf_budgetformer.tools.model_card import write_model_card
-from hf_budgetformer.tools.profiling import PARTS, BudgetCost, CostCard, SpeedCeiling
+from hf_budgetformer.tools.narrowing import cut
+from hf_budgetformer.tools.profiling import BudgetCost, CostCard
+from hf_budgetformer.tools.results import save_result, write_json
 from hf_budgetformer.tools.tuning import BudgetTest, TunedBudget
 
 
 pytest.importorskip("matplotlib")
 
-OWN, FULL = (
-    BudgetResult(None, 43, 0.86, (0.77, 0.92), 0.5, [0.5] * 3),
-    BudgetResult(1.0, 45, 0.9, (0.8, 0.95), 1.0, [1.0] * 3),
-)
+PLAIN = BudgetResult(None, 43, 0.86, (0.77, 0.92), 0.95, 0.5)
+FULL = BudgetResult(1.0, 45, 0.9, (0.8, 0.95), 1.0, 1.0)
 EVALUATION = Evaluation(
-    50, [FULL, OWN], {name: [0.1 * n for n in range(12)] for name in ("length", "entropy", "heads")},
-    {"data": "/home/somebody/teapots/reviews.csv", "seed": 3},
-)  # fmt: skip
-COST = BudgetCost(1.0, 1.0, dict.fromkeys(PARTS, 1e6), 2.0, 3.0, 400.0, 12.0)
-FILES = {
+    50, [FULL, PLAIN], {name: [0.1 * n for n in range(12)] for name in ("length", "entropy", "spent")}, {"seed": 3}
+)
+COST = BudgetCost(1.0, 1.0, 1e6, 2.0, 3.0, 400.0, 12.0)
+MEASURED = {
     "evaluation": EVALUATION.to_dict(),
-    "static": replace(EVALUATION, results=[replace(OWN, accuracy=0.815)], inputs={}).to_dict(),
     "tuning": TunedBudget(
         0.25, 0.9, [BudgetTest(0.25, 50, 0.01, (-0.02, 0.03), "within", 0.26)], 150, 650,
         {"tolerance": 0.035, "confidence": 0.95, "rows": 50},
     ).to_dict(),
     "costs": CostCard(
-        6543, 6321, replace(COST, throughput=123.0), [COST], SpeedCeiling(2.0, 1.0), None,
+        6543, 6321, replace(COST, throughput=123.0), [COST], None,
         {"cpu": "An abacus", "cores": 2, "gpu": None}, {"torch": "2"},
         {"rows": 50, "batch_size": 32, "threads": 2, "dtype": "float32", "training_seconds": 90.0,
          "tokens": {"real": 7, "padded": 9}},
     ).to_dict(),
-    "training": {
-        "log_history": [{"step": n, "loss": 1.0, "budget": 0.5, "temperature": 1.0} for n in range(3)],
-        "arguments": {"learning_rate": 3e-5, "seed": 3, "output_dir": "/home/somebody/out"},
-        "base_model": "bert-base-uncased", "dataset": "stanfordnlp/imdb", "rows": 25000, "seconds": 90.0,
-        "teacher": "/home/somebody/out/teacher",
-    },
 }  # fmt: skip
-PLOTS = {"accuracy", "layers", "inputs", "time", "training"}
+TRAINING = {
+    "log_history": [{"step": n, "loss": 1.0, "budget": 0.2, "divergence": 0.5} for n in range(3)],
+    "arguments": {"learning_rate": 3e-5, "seed": 3, "output_dir": "/home/somebody/out"},
+    "base_model": "bert-base-uncased", "dataset": "stanfordnlp/imdb", "rows": 25000, "seconds": 90.0,
+    "teacher": "/home/somebody/out/teacher",
+}  # fmt: skip
+DATA = "/home/somebody/teapots/reviews.csv"
+PLOTS = {"accuracy", "inputs", "time", "training"}
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +63,23 @@ def checkpoint(saved, tmp_path):
     folder = tmp_path / "tiny-reviews"
     folder.mkdir()
     for path in saved.iterdir():
-        os.link(path, folder / path.name)
+        shutil.copy(path, folder)
     return folder
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Spares the time that plots take."""
-    monkeypatch.setattr(model_card, "_draw", lambda *_: None)
+    for name in ("plot_accuracy", "plot_inputs", "plot_time", "plot_training"):
+        monkeypatch.setattr(model_card, name, lambda found, path: path)
 
 
-def leave(folder, *names):
-    (folder / "budgetformer").mkdir(exist_ok=True)
-    for name in names:
-        (folder / "budgetformer" / f"{name}.json").write_text(json.dumps(FILES[name]))
+def leave(folder, *kinds):
+    for kind in kinds:
+        if kind == "training":
+            write_json(folder / "budgetformer" / "training.json", TRAINING)
+        else:
+            save_result(folder, kind, MEASURED[kind], DATA, "test", 50)
 
 
 def drawn(folder):
@@ -90,7 +91,7 @@ def headings(text):
 
 
 def test_everything_that_was_measured_is_in_it(checkpoint):
-    leave(checkpoint, *FILES)
+    leave(checkpoint, *MEASURED, "training")
     path = write_model_card(str(checkpoint), repo_id="me/reviews", language="en", license="mit")
     assert path == checkpoint / "README.md"
     text = path.read_text()
@@ -101,7 +102,6 @@ def test_everything_that_was_measured_is_in_it(checkpoint):
     figures = [
         "90.0%",
         "86.0%",
-        "81.5%",
         "within 3.5 points",
         "6,543 parameters",
         "An abacus",
@@ -110,9 +110,9 @@ def test_everything_that_was_measured_is_in_it(checkpoint):
     ]
     for figure in [
         *figures,
-        "stanfordnlp/imdb, taught by a fine-tuned plain model, out/teacher, in 1.5 minutes",
+        "stanfordnlp/imdb, taught by out/teacher, in 1.5 minutes",
         "learning_rate: 3e-05",
-        "50 rows of teapots/reviews.csv",
+        "On 50 rows of teapots/reviews.csv, test. A plain call then was looks at budgets of 0.167, then 1",
     ]:
         assert figure in text
     assert "somebody" not in text
@@ -121,7 +121,7 @@ def test_everything_that_was_measured_is_in_it(checkpoint):
 
 
 def test_metadata_goes_through_huggingface_hub_and_back(checkpoint, undrawn):
-    leave(checkpoint, *FILES)
+    leave(checkpoint, *MEASURED, "training")
     data = ModelCard.load(write_model_card(checkpoint, "me/reviews", "en", "mit")).data
     assert data.to_dict() | {"model-index": None} == {
         "language": "en", "license": "mit", "library_name": "transformers", "pipeline_tag": "text-classification",
@@ -131,8 +131,8 @@ def test_metadata_goes_through_huggingface_hub_and_back(checkpoint, undrawn):
     assert data.model_name == "me/reviews"
     found = [(x.metric_type, x.metric_name, x.metric_value, x.dataset_name) for x in data.eval_results]
     assert found == [
-        ("accuracy", "accuracy, head budget 1", 0.9, "teapots/reviews.csv"),
-        ("accuracy", "accuracy, own heads", 0.86, "teapots/reviews.csv"),
+        ("accuracy", "accuracy, budget 1", 0.9, "teapots/reviews.csv"),
+        ("accuracy", "accuracy, plain call", 0.86, "teapots/reviews.csv"),
     ]
 
 
@@ -175,14 +175,73 @@ def test_what_somebody_wrote_stays_where_it_is(checkpoint, undrawn):
 def test_generated_parts_are_replaced_and_go_with_their_files(checkpoint, undrawn):
     leave(checkpoint, "evaluation", "costs")
     write_model_card(checkpoint)
-    (checkpoint / "budgetformer" / "costs.json").unlink()
-    better = replace(EVALUATION, results=[FULL, replace(OWN, accuracy=0.873)])
-    (checkpoint / "budgetformer" / "evaluation.json").write_text(json.dumps(better.to_dict()))
+    shutil.rmtree(checkpoint / "budgetformer" / "costs")
+    better = replace(EVALUATION, results=[FULL, replace(PLAIN, accuracy=0.873)])
+    save_result(checkpoint, "evaluation", better.to_dict(), DATA, "test", 50)
     text = write_model_card(checkpoint).read_text()
     assert "87.3%" in text
     assert "86.0%" not in text
     assert headings(text) == ["What it is", "How to use it", "Accuracy by budget", "Limits"]
     assert [x.metric_value for x in ModelCard(text).data.eval_results] == [0.9, 0.873]
+
+
+def test_a_small_evaluation_neither_replaces_a_large_one_nor_is_published_in_its_place(checkpoint, undrawn):
+    leave(checkpoint, "evaluation")
+    small = replace(EVALUATION, rows=20, results=[replace(FULL, accuracy=0.99)])
+    save_result(checkpoint, "evaluation", small.to_dict(), DATA, "test", 20)
+    save_result(checkpoint, "evaluation", small.to_dict(), "me/others", None, 20)
+    text = write_model_card(checkpoint).read_text()
+    assert text.index("On 50 rows of teapots/reviews.csv, test.") < text.index(
+        "On 20 rows of teapots/reviews.csv, test."
+    )
+    found = [(x.dataset_name, x.dataset_split, x.metric_value) for x in ModelCard(text).data.eval_results]
+    assert found == [
+        ("teapots/reviews.csv", "test", 0.9), ("teapots/reviews.csv", "test", 0.86), ("me/others", None, 0.99),
+    ]  # fmt: skip
+    assert "Accuracy was measured on teapots/reviews.csv, test and me/others only" in text
+
+
+def test_figures_of_a_plain_call_are_out_of_date_once_its_looks_have_changed(checkpoint):
+    leave(checkpoint, "evaluation")
+    write_model_card(checkpoint)
+    assert "accuracy" in drawn(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    write_json(checkpoint / "config.json", {**config, "looks": [0.125, 1.0], "confidence": [0.6]})
+    text = write_model_card(checkpoint).read_text()
+    assert "A plain call is looks at budgets of 0.125, then 1, until the margin is 0.6." in text
+    assert "A plain call then was looks at budgets of 0.167, then 1, until the margin is 0.8. OUT OF DATE" in text
+    assert [x.metric_name for x in ModelCard(text).data.eval_results] == ["accuracy, budget 1"]
+    assert not drawn(checkpoint), "what no longer holds is not drawn"
+    assert "![" not in text
+
+
+def test_figures_are_out_of_date_once_the_weights_have_changed(checkpoint, undrawn):
+    leave(checkpoint, "evaluation", "costs", "tuning")
+    model = budgetformer("bert")
+    model.classifier.bias.data += 1.0
+    model.save_pretrained(checkpoint)
+    text = write_model_card(checkpoint).read_text()
+    assert text.count("OUT OF DATE: the weights have changed since") == 3
+    assert "Accuracy was not measured" in text
+    assert not ModelCard(text).data.eval_results
+    leave(checkpoint, "evaluation", "costs", "tuning")
+    assert "OUT OF DATE" not in write_model_card(checkpoint).read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, "trained with it (`budget=1.0`)"),
+        ({"freeze_full": True}, "as it was before (`budget=1.0`)"),
+        ({"trained": False}, "A plain call is the full model, for the narrow encoder has not been trained."),
+        ({"looks": [0.25]}, "A plain call is a look at a budget of 0.25."),
+        ({"router": "layer"}, "A plain call is the share of the heads that it learned to choose."),
+        ({"router": "layer", "looks": [0.5]}, "A plain call is 0.5 of the heads."),
+    ],
+)
+def test_it_says_what_a_plain_call_is(tmp_path, fields, told):
+    budgetformer("bert", **fields).save_pretrained(tmp_path)
+    assert told in write_model_card(tmp_path).read_text()
 
 
 def test_a_readme_of_the_trainer_is_added_to(checkpoint, undrawn):
@@ -200,7 +259,7 @@ def test_a_readme_of_the_trainer_is_added_to(checkpoint, undrawn):
     data = ModelCard(text).data
     assert (data.base_model, data.metrics, data.model_name) == ("bert-base-cased", ["f1", "accuracy"], "out")
     assert data.tags == ["generated_from_trainer", "budgetformer", "adaptive-computation"]
-    assert [x.metric_name for x in data.eval_results] == ["Accuracy", "accuracy, head budget 1", "accuracy, own heads"]
+    assert [x.metric_name for x in data.eval_results] == ["Accuracy", "accuracy, budget 1", "accuracy, plain call"]
 
 
 @pytest.mark.parametrize("theirs", ["# Mine\r\n\r\nBy hand.\r\n", "\ufeff# Mine\n\nBy hand, w\u00f6rtlich.\n", ""])
@@ -219,20 +278,16 @@ def test_the_code_in_it_runs(checkpoint, monkeypatch):
     code = text.split("```python\n")[1].split("```")[0]
     names: dict = {}
     exec(code, names)
-    assert names["out"].head_budget.tolist() == pytest.approx([0.25, 0.25], abs=0.1)
+    assert names["out"].budget.tolist() == pytest.approx([names["model"].narrow.order.look(0.125).cost] * 2)
 
 
-def test_a_static_checkpoint_is_not_said_to_choose(saved, tokenizer, tmp_path):
-    folder = tmp_path / "baked"
-    prune(budgetformer("bert"), [[0, 1], [2], [0, 3]]).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "budgetformer").mkdir()
-    (folder / "budgetformer" / "evaluation.json").write_text(json.dumps(FILES["static"]))
-    text = write_model_card(folder).read_text()
-    assert "by layer: 2, 1, 2" in text
-    assert "head_budget=" not in text
-    assert "routing" not in text
-    assert not drawn(folder)
+def test_a_model_that_was_cut_is_not_said_to_go_on_to_the_full_one(tokenizer, tmp_path):
+    cut(budgetformer("bert"), 0.25).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = write_model_card(tmp_path).read_text()
+    assert "Cut from a model of 3 layers of 4 attention heads" in text
+    assert "A plain call is a look at a budget of 0.2" in text
+    assert "doubt" not in text
 
 
 def test_folders_that_hold_no_budgetformer_are_refused(tmp_path):
@@ -244,14 +299,18 @@ def test_folders_that_hold_no_budgetformer_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("evaluation", '{"rows": 50, '), ("evaluation", '{"rows": 50}'), ("costs", "[]"), ("tuning", '{"curve": [1]}'),
-     ("training", "{}"), ("static", "\xff")],
+    ("kind", "content"),
+    [("evaluation", '{"rows": 50, '), ("evaluation", {"rows": 50}), ("costs", []), ("tuning", {"curve": [1]}),
+     ("training", "{}"), ("training", "\xff")],
 )  # fmt: skip
-def test_a_broken_file_is_named_and_nothing_is_written(checkpoint, name, content):
-    leave(checkpoint, *FILES)
-    (checkpoint / "budgetformer" / f"{name}.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"{name}\.json does not hold what it should .*: make it again"):
+def test_a_broken_file_is_named_and_nothing_is_written(checkpoint, kind, content):
+    leave(checkpoint, *MEASURED, "training")
+    [path] = (checkpoint / "budgetformer").glob(f"{kind}*/*.json" if kind != "training" else "training.json")
+    if isinstance(content, str):
+        path.write_bytes(content.encode("latin-1"))
+    else:
+        write_json(path, {**json.loads(path.read_text()), "result": content})
+    with pytest.raises(ValueError, match=rf"budgetformer/{kind}.* does not hold what it should .*: make it again"):
         write_model_card(checkpoint)
     assert not (checkpoint / "README.md").exists()
     assert not drawn(checkpoint)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,14 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
+from safetensors import safe_open
 from transformers.utils import logging
 
 from ..configuration_budgetformer import BudgetFormerConfig
 from .evaluation import Evaluation
-from .plots import plot_accuracy, plot_inputs, plot_layers, plot_time, plot_training, short_name
+from .plots import plot_accuracy, plot_inputs, plot_time, plot_training
 from .profiling import CostCard
+from .results import describe_looks, read_results, short_name
 from .tuning import TunedBudget
 
 
@@ -42,8 +43,8 @@ tokenizer = AutoTokenizer.from_pretrained("NAME")
 model = AutoModelForSequenceClassification.from_pretrained("NAME").eval()
 batch = tokenizer(["a text", "another text, a longer one"], padding=True, return_tensors="pt")
 with torch.no_grad():
-    out = model(**batch)  # out.logits, and out.head_budget (B,): the share of heads that ran
-    out = model(**batch, head_budget=0.25)  # a quarter of the heads, for this call
+    out = model(**batch)  # out.logits, and out.budget (B,): what each text spent
+    out = model(**batch, budget=BUDGET)  # asks for a budget, for this call
 ```
 
 Without it, by the code that lies beside the weights:
@@ -54,26 +55,38 @@ from transformers import pipeline
 classify = pipeline("text-classification", model="NAME", trust_remote_code=True)
 classify("a text")
 ```"""
-
-
-def _trained(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {name: values[name] for name in ("log_history", "arguments", "base_model", "rows", "seconds")}
-
-
-_READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+_READERS: dict[str, Any] = {
     "evaluation": Evaluation.from_dict,
-    "static": Evaluation.from_dict,
     "tuning": TunedBudget.from_dict,
     "costs": CostCard.from_dict,
-    "training": _trained,
 }
+_HEADINGS = {
+    "evaluation": "Accuracy by budget",
+    "tuning": "The budget that keeps accuracy",
+    "costs": "What it costs",
+}  # fmt: skip
 
 
-def _read(path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+def _read_measured(folder: Path) -> dict[str, Any]:
+    """Of each kind (record, what it holds), those that still hold first; and the "training", or None."""
+    measured: dict[str, Any] = {"training": None}
+    place = folder / "budgetformer"
     try:
-        return read(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold what it should ({error!r}): make it again, or delete it.") from error
+        for kind, read in _READERS.items():
+            place = folder / "budgetformer" / kind
+            measured[kind] = []
+            for record in read_results(folder, kind):
+                found = read(record.result)
+                found.settings.update(data=record.data, split=record.split)
+                measured[kind].append((record, found))
+        place = folder / "budgetformer" / "training.json"
+        if place.is_file():
+            measured["training"] = training = json.loads(place.read_text(encoding="utf-8"))
+            for name in ("log_history", "arguments", "base_model", "rows", "seconds"):
+                training[name]
+    except (TypeError, KeyError, AttributeError, UnicodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{place} does not hold what it should ({error!r}): make it again, or delete it.") from error
+    return measured
 
 
 def _hub_id(name: Any) -> str | None:
@@ -90,91 +103,97 @@ def _plain(text: Any) -> str:
     return re.sub(r"[|<>`\s]+", " ", str(text))
 
 
-def _shown(source: Any) -> str:
-    return _plain(short_name(source or "unnamed data"))
+def _is_trained(folder: Path) -> bool:
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            if "narrow.steps" in weights.keys():  # noqa: SIM118 - it is no mapping
+                return bool(weights.get_tensor("narrow.steps") > 0)
+    return False
 
 
-def _block(text: Any) -> str:
-    return f"```text\n{text}\n```"
-
-
-def _on(evaluation: Evaluation) -> str:
-    return f"on {evaluation.rows:,} rows of {_shown(evaluation.settings.get('data'))}"
-
-
-def _about(config: BudgetFormerConfig) -> str:
+def _about(config: BudgetFormerConfig, trained: bool) -> str:
     labels = list((config.id2label or {}).values())
     named = f" ({', '.join(map(_plain, labels))})" if len(labels) <= 20 else ""
-    if config.static_heads:
-        left = ", ".join(str(len(kept)) for kept in config.static_heads)
-        does = f"Some of the {config.num_attention_heads} attention heads of each layer are left, by layer: {left}"
+    shape = f"{config.num_hidden_layers} layers of {config.num_attention_heads} attention heads"
+    call = describe_looks(config.looks, config.confidence)
+    if config.router == "layer":
+        call = (
+            f"{config.looks[0]:.3g} of the heads"
+            if config.looks
+            else "the share of the heads that it learned to choose"
+        )
+        does = f"For each text and each of its {shape} it decides how many heads to run, and which"
+    elif not config.full_encoder:
+        call = call if config.looks else f"a look at a budget of {config.narrow_budget:.3g}"
+        does = f"Cut from a model of {shape}, of whose work budgets are shares: its most important heads and neurons"
     else:
-        own = "the share it learned to choose" if config.head_budget is None else f"a share of {config.head_budget:g}"
+        call = call if trained or config.looks else "the full model, for the narrow encoder has not been trained"
+        kept = "as it was before" if config.freeze_full else "trained with it"
         does = (
-            f"For each text and each of its {config.num_hidden_layers} layers it decides how many of the "
-            f"{config.num_attention_heads} attention heads to run, and which; the others are not computed. Unless a "
-            f"call asks for a share of the heads, a head budget, it runs {own}"
+            f"A full model of {shape}, {kept} (`budget=1.0`). Beside it stands a narrow encoder, its most important "
+            f"heads and neurons, for a first look at {config.narrow_budget:.3g} of the work or less; texts whose "
+            "answer is in doubt go on to the full model"
         )
     return (
         f"## What it is\n\nA text classifier with {len(labels)} labels{named}, {config.backbone_model_type.upper()} "
-        f"inside. {does}. Method: [BudgetFormer](https://arxiv.org/abs/2604.22583), as hf_budgetformer implements it."
+        f"inside. {does}. A plain call is {call}. Method: after [BudgetFormer](https://arxiv.org/abs/2604.22583), by "
+        "hf_budgetformer."
     )
 
 
-def _sections(config: BudgetFormerConfig, name: str, found: dict[str, Any], folder: Path) -> dict[str, str]:
-    """The text of each part, in their order; empty where there is nothing to say."""
-    parts = dict.fromkeys(("about", "use", "accuracy", "tuning", "cost", "training", "limits"), "")
-    evaluation, static, training = (found.get(kind) for kind in ("evaluation", "static", "training"))
-    use = _USE.replace("NAME", name)
-    if config.static_heads:
-        use = "\n".join(line for line in use.split("\n") if "head_budget=" not in line)
-    parts |= {"about": _about(config), "use": use}
-    if evaluation:
-        parts["accuracy"] = f"## Accuracy by budget\n\nMeasured {_on(evaluation)}:\n\n{_block(evaluation)}"
-        if static:
-            about = f"With static heads, the same for every text, cut out of this model; {_on(static)}"
-            parts["accuracy"] += f"\n\n{about}:\n\n{_block(static)}"
-    if "tuning" in found:
-        parts["tuning"] = f"## The budget that keeps accuracy\n\n{_block(found['tuning'])}"
-    if "costs" in found:
-        parts["cost"] = f"## What it costs\n\n{_block(found['costs'])}"
-    if training:
-        given, minutes = training["arguments"], training["seconds"] / 60
-        used = "\n".join(f"{argument}: {given[argument]}" for argument in _ARGUMENTS if argument in given)
-        teacher = training.get("teacher")
-        taught = f", taught by a fine-tuned plain model, {_shown(teacher)}" if teacher else ""
-        parts["training"] = (
-            f"## How it was trained\n\nFrom {_shown(training['base_model'])} on {training['rows']:,} rows of "
-            f"{_shown(training.get('dataset'))}{taught}, in {minutes:.1f} minutes.\n\n{_block(used)}"
-        )
-    for part, names in {"accuracy": "accuracy layers inputs", "cost": "time", "training": "training"}.items():
-        for plot in names.split() if parts[part] else []:
-            if (folder / "budgetformer" / "plots" / f"{plot}.png").is_file():
-                parts[part] += f"\n\n![{plot}](budgetformer/plots/{plot}.png)"
-    known = f"measured {_on(evaluation)} only" if evaluation else "not measured"
-    limits = [
-        f"Accuracy was {known}: measure it on texts like yours.",
-        "What the backbone and the training data got wrong, it gets wrong too.",
-        "Heads are a part of the work: embeddings and feed-forward layers always run.",
-    ]
-    if not config.static_heads:
-        limits.append("A single short text is hardly faster with fewer heads, for routing takes time too: batch texts.")
+def _about_training(training: dict[str, Any]) -> str:
+    base, data = (_plain(short_name(training.get(name) or "unnamed data")) for name in ("base_model", "dataset"))
+    taught = f", taught by {_plain(short_name(training['teacher']))}" if training.get("teacher") else ""
+    given = training["arguments"]
+    used = "\n".join(f"{argument}: {given[argument]}" for argument in _ARGUMENTS if argument in given)
+    return (
+        f"## How it was trained\n\nFrom {base} on {training['rows']:,} rows of {data}{taught}, in "
+        f"{training['seconds'] / 60:.1f} minutes.\n\n```text\n{used}\n```"
+    )
+
+
+def _sections(config: BudgetFormerConfig, name: str, folder: Path, measured: dict[str, Any]) -> dict[str, str]:
+    """The text of each part, in their order; empty where there is nothing to say. Draws the plots."""
+    budget = 0.5 * config.narrow_budget if config.router == "look" else 0.25
+    parts = {
+        "about": _about(config, _is_trained(folder)),
+        "use": _USE.replace("NAME", name).replace("BUDGET", f"{budget:.3g}"),
+    }
+    for kind, heading in _HEADINGS.items():
+        told = [f"{_plain(record)}\n\n```text\n{found}\n```" for record, found in measured[kind]]
+        parts[kind] = "\n\n".join([f"## {heading}", *told]) if told else ""
+    parts["training"] = _about_training(measured["training"]) if measured["training"] else ""
+    for part, plots in _draw(folder / "budgetformer" / "plots", measured).items():
+        parts[part] += "".join(f"\n\n![{plot.stem}](budgetformer/plots/{plot.name})" for plot in plots)
+    current = [_plain(record.source) for record, _ in measured["evaluation"] if "weights" not in record.changed]
+    known = f"measured on {' and '.join(dict.fromkeys(current))} only" if current else "not measured"
+    limits = [f"Accuracy was {known}: measure it on texts like yours."]
+    limits.append("What the backbone and the training data got wrong, it gets wrong too.")
+    if config.router == "layer":
+        limits.append("Heads are a part of the work: embeddings and feed-forward layers always run.")
+    elif config.full_encoder:
+        limits.append("A text in doubt costs both looks, more than the full model alone.")
     parts["limits"] = "## Limits\n\n" + "\n".join(f"- {line}" for line in limits)
     return parts
 
 
-def _draw(folder: Path, found: dict[str, Any]) -> None:
-    """Draws all plots that there are figures for."""
-    evaluation, static, costs, training = (found.get(name) for name in ("evaluation", "static", "costs", "training"))
+def _draw(folder: Path, measured: dict[str, Any]) -> dict[str, list[Path]]:
+    """Draws what there are figures for that still hold, in place of what was drawn before; the plots of each part."""
+    for path in folder.glob("*.png"):
+        path.unlink()
+    drawn: dict[str, list[Path]] = {"evaluation": [], "costs": [], "training": []}
+    [evaluation, *_] = [x for record, x in measured["evaluation"] if not record.stale] or [None]
+    [costs, *_] = [x for record, x in measured["costs"] if not record.stale] or [None]
+    training = measured["training"]
     if evaluation and len(evaluation.results) > 1:
-        plot_accuracy(evaluation, folder / "accuracy.png", [static] if static else [])
-        plot_layers(evaluation, folder / "layers.png")
-        if {"entropy", "heads"} <= evaluation.inputs.keys():
-            plot_inputs(evaluation, folder / "inputs.png")
+        drawn["evaluation"].append(plot_accuracy(evaluation, folder / "accuracy.png"))
+        if {"entropy", "spent"} <= evaluation.inputs.keys():
+            drawn["evaluation"].append(plot_inputs(evaluation, folder / "inputs.png"))
     if costs:
-        plot_time(costs, folder / "time.png")
-    if training and any("budget" in entry for entry in training["log_history"]):
-        plot_training(training, folder / "training.png")
+        drawn["costs"].append(plot_time(costs, folder / "time.png"))
+    if training and any({"divergence", "task_loss"} & entry.keys() for entry in training["log_history"]):
+        drawn["training"].append(plot_training(training, folder / "training.png"))
+    return drawn
 
 
 def _renew(text: str, parts: dict[str, str], where: Path) -> str:
@@ -195,30 +214,38 @@ def _renew(text: str, parts: dict[str, str], where: Path) -> str:
     return text
 
 
-def _add_metadata(data: Any, name: str, found: dict[str, Any]) -> None:
-    """Sets the keys that are ours, adds to lists, and leaves the rest."""
-    training = found.get("training", {})
-    results = [x for x in data.eval_results or [] if not str(x.metric_name).startswith("accuracy, ")]
-    if "evaluation" in found:
-        settings = found["evaluation"].settings
-        source = _shown(settings.get("data"))
-        results += [
+def _accuracies(measured: dict[str, Any]) -> list[EvalResult]:
+    """Of each data set and split the accuracies on the most rows, as far as they still hold."""
+    found: dict[str, list[EvalResult]] = {}
+    for record, evaluation in measured["evaluation"]:
+        if "weights" in record.changed or record.source in found:
+            continue
+        data = _plain(record.data or "unnamed data")
+        about = {"dataset_type": re.sub(r"[^\w./-]+", "-", data), "dataset_name": data, "dataset_split": record.split}
+        found[record.source] = [
             EvalResult(
-                task_type="text-classification",
-                dataset_type=re.sub(r"[^\w./-]+", "-", source),
-                dataset_name=source,
-                dataset_split=settings.get("split"),
+                "text-classification",
                 metric_type="accuracy",
-                metric_name="accuracy, " + ("own heads" if x.asked is None else f"head budget {x.asked:.3g}"),
+                metric_name="accuracy, " + ("plain call" if x.asked is None else f"budget {x.asked:.3g}"),
                 metric_value=x.accuracy,
+                **about,
             )
-            for x in found["evaluation"].results
+            for x in evaluation.results
+            if x.asked is not None or not record.stale
         ]
+    return [result for results in found.values() for result in results]
+
+
+def _add_metadata(data: Any, name: str, measured: dict[str, Any]) -> None:
+    """Sets the keys that are ours, adds to lists, and leaves the rest."""
+    accuracies, training = _accuracies(measured), measured["training"] or {}
+    results = [x for x in data.eval_results or [] if not str(x.metric_name).startswith("accuracy, ")] + accuracies
     data.eval_results, data.model_name = (results, data.model_name or name) if results else (None, None)
+    dataset = _hub_id(training.get("dataset"))
     for key, values in (
         ("tags", ["budgetformer", "adaptive-computation"]),
-        ("metrics", ["accuracy"] if "evaluation" in found else []),
-        ("datasets", [x for x in [_hub_id(training.get("dataset"))] if x]),
+        ("metrics", ["accuracy"] if accuracies else []),
+        ("datasets", [dataset] if dataset else []),
     ):
         old = data.get(key, [])
         data[key] = list(dict.fromkeys([*([old] if isinstance(old, str) else old), *values])) or None
@@ -233,7 +260,8 @@ def write_model_card(
 
     Each generated part lies between HTML comments, `budgetformer:begin` and `budgetformer:end` with its name. Where a
     README exists, only what is between them is written anew, parts it lacks are added, and all else stays; so do the
-    metadata other than base model, library, task and the accuracies measured here. What was not measured is left out.
+    metadata other than base model, library, task and the accuracies measured here. What was not measured is left out;
+    what has changed since it was measured is marked, and neither drawn nor in the metadata.
 
     huggingface_hub checks the metadata, and so does the Hub, to which the README is sent for that; that it cannot be
     reached, or HF_HUB_OFFLINE is set, is logged and no error. To publish, upload the folder (`hf upload me/model
@@ -254,14 +282,15 @@ def write_model_card(
         ImportError: There is something to draw, and matplotlib is not installed.
     """
     folder = Path(folder).absolute()
-    kind = _read(folder / "config.json", dict).get("model_type") if (folder / "config.json").is_file() else None
+    kind = None
+    if (folder / "config.json").is_file():
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "budgetformer":
         raise ValueError(f"folder must hold a BudgetFormer checkpoint, got {folder} with model type {kind!r}.")
     config = BudgetFormerConfig.from_pretrained(folder)
     if not (folder / "tokenizer_config.json").is_file():
         logger.warning(f"{folder} holds no tokenizer, which the code in its model card needs: save one there.")
-    files = {name: folder / "budgetformer" / f"{name}.json" for name in _READERS}
-    found = {name: _read(path, _READERS[name]) for name, path in files.items() if path.is_file()}
+    measured = _read_measured(folder)
 
     name, readme = repo_id or folder.name, folder / "README.md"
     try:
@@ -269,11 +298,10 @@ def write_model_card(
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{readme} must be UTF-8, with valid metadata if any, got {error!r}.") from error
     data: Any = card.data
-    _add_metadata(data, name, found)
+    _add_metadata(data, name, measured)
     data.language, data.license = language or data.language, license or data.license
-    _draw(folder / "budgetformer" / "plots", found)
     windows = "\r\n" in card.text
-    text = _renew(card.text.replace("\r\n", "\n"), _sections(config, name, found, folder), readme)
+    text = _renew(card.text.replace("\r\n", "\n"), _sections(config, name, folder, measured), readme)
     card.text = text.replace("\n", "\r\n") if windows else text
     try:
         card.validate()

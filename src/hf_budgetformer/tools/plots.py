@@ -1,23 +1,25 @@
 """Plots of what the other tools measured, each of which answers one question; none needs a display."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .results import short_name
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .evaluation import BudgetResult, Evaluation
+    from .evaluation import Evaluation
     from .profiling import CostCard
 
 
 # Safe for the colour-blind (Okabe and Ito).
-COLORS = {"ours": "#0072B2", "own": "#009E73", "equal": "#E69F00", "static": "#D55E00", "stock": "#000000"}
+COLORS = {"ours": "#0072B2", "plain": "#009E73", "equal": "#E69F00", "static": "#D55E00", "stock": "#000000"}
 
 
 def new_figure(
@@ -39,7 +41,10 @@ def new_figure(
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "hf-budgetformer[plots]"') from error
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False, **options)[0])
+    axes = list(figure.subplots(1, panels, squeeze=False, **options)[0])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
 
 
 def save_figure(figure: "Figure", path: str | Path) -> Path:
@@ -52,141 +57,108 @@ def save_figure(figure: "Figure", path: str | Path) -> Path:
     return path
 
 
-def short_name(source: Any) -> str:
-    """A Hub id as it is; of a longer path, what tells data apart and not where it lies: its last two parts."""
-    return "/".join(str(source).replace("\\", "/").strip("/").split("/")[-2:])
-
-
 def _title(figure: "Figure", question: str, settings: Mapping[str, Any], rows: int | None) -> None:
     """The question, and what it is answered with, as far as known."""
-    data = [short_name(settings["data"])] if settings.get("data") else []
-    count = [] if rows is None else [f"n = {rows:,}"]
-    seed = [] if settings.get("seed") is None else [f"seed {settings['seed']}"]
-    figure.suptitle(f"{question}\n{', '.join(data + count + seed)}", fontsize=9)
+    known = [short_name(settings["data"])] if settings.get("data") else []
+    if settings.get("split"):
+        known.append(settings["split"])
+    if rows is not None:
+        known.append(f"n = {rows:,}")
+    if settings.get("seed") is not None:
+        known.append(f"seed {settings['seed']}")
+    figure.suptitle(f"{question}\n{', '.join(known)}", fontsize=9)
 
 
-def _points(axis: "Axes", results: Iterable["BudgetResult"], **look: Any) -> None:
-    """Accuracy with intervals against heads."""
-    for index, x in enumerate(results):
-        errors = [[x.accuracy - x.interval[0]], [x.interval[1] - x.accuracy]]
-        axis.errorbar(x.heads, x.accuracy, errors, capsize=3, **{**look, "label": None if index else look["label"]})
-
-
-def plot_accuracy(evaluation: "Evaluation", path: str | Path, static: Iterable["Evaluation"] = ()) -> Path:
-    """What do closed heads cost in accuracy? Accuracy against the mean share of heads that ran.
-
-    Args:
-        evaluation: Of the model, see `evaluate_budgets`.
-        path: Of the PNG.
-        static: Evaluations of static models, on the same rows.
-    """
-    figure, [axis] = new_figure()
-    asked = sorted((x for x in evaluation.results if x.asked is not None), key=lambda x: x.heads)
-    if asked:
-        heads, accuracy = [x.heads for x in asked], [x.accuracy for x in asked]
-        low, high = zip(*(x.interval for x in asked), strict=True)
-        axis.plot(heads, accuracy, color=COLORS["ours"], marker="o", label="budget asked for")
-        axis.fill_between(heads, low, high, color=COLORS["ours"], alpha=0.15, linewidth=0)
-    for x in asked:
-        spot, where = (x.heads, x.accuracy), "offset points"
-        axis.annotate(f"{x.asked:.3g}", spot, (-4, 5), textcoords=where, ha="right", fontsize=7)
+def plot_accuracy(evaluation: "Evaluation", path: str | Path) -> Path:
+    """What does a smaller budget cost? Accuracy, and agreement where it is known, against the mean budget spent."""
+    names = {"accuracy": "accuracy, 95% interval"}
+    if any(x.agreement is not None for x in evaluation.results):
+        names["agreement"] = "same label as the full model"
+    figure, axes = new_figure(len(names), width=1.0 + 4.0 * len(names))
+    results = sorted(evaluation.results, key=lambda x: x.spent)
+    for axis, name in zip(axes, names, strict=True):
+        known = [x for x in results if getattr(x, name) is not None]
+        for asked, color, marker in ((True, "ours", "o-"), (False, "plain", "D")):
+            points = [(x.spent, getattr(x, name)) for x in known if (x.asked is not None) == asked]
+            label = "budget asked for" if asked else "plain call"
+            if points:
+                axis.plot(*zip(*points, strict=True), marker, color=COLORS[color], label=label)
+        most = max([1.0, *(x.spent for x in results)])
+        axis.set(xlabel="mean budget spent", ylabel=names[name], xlim=(0, 1.06 * most))
+    for x in results:
+        color = COLORS["plain" if x.asked is None else "ours"]
+        axes[0].vlines(x.spent, *x.interval, color=color, linewidth=1)
+        if x.asked is not None:
+            place = {"textcoords": "offset points", "xytext": (-4, 5), "ha": "right", "fontsize": 7}
+            axes[0].annotate(f"{x.asked:.3g}", (x.spent, x.accuracy), **place)
         if x.asked == 1.0:
-            axis.axhline(x.accuracy, color="grey", linewidth=0.8, linestyle="--", label="all heads")
-    own = (x for x in evaluation.results if x.asked is None)
-    _points(axis, own, color=COLORS["own"], marker="D", linestyle="none", label="its own budget")
-    cut = (x for other in static for x in other.results)
-    _points(axis, cut, color=COLORS["static"], marker="^", linestyle="none", label="static heads")
-    axis.set(xlabel="mean share of heads that ran", ylabel="accuracy, 95% interval", xlim=(0, 1.06))
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize=7, loc="outside lower center", ncols=4)
-    _title(figure, "What do closed heads cost in accuracy?", evaluation.settings, evaluation.rows)
-    return save_figure(figure, path)
-
-
-def plot_layers(evaluation: "Evaluation", path: str | Path) -> Path:
-    """Where do heads run? The share of each layer's heads that ran, at each budget."""
-    results = sorted(evaluation.results, key=lambda x: x.heads, reverse=True)
-    shares = np.array([x.heads_by_layer for x in results])  # (budgets, layers)
-    layers = shares.shape[1]
-    figure, [axis] = new_figure(width=max(5.0, 0.45 * layers + 2.0), height=0.42 * len(results) + 1.5)
-    image = axis.imshow(shares, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
-    for row, column in np.ndindex(*shares.shape):
-        color = "white" if shares[row, column] > 0.6 else "black"
-        axis.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center", color=color, fontsize=7)
-    asked = ["its own" if x.asked is None else f"{x.asked:.3g}" for x in results]
-    axis.set(xlabel="layer", ylabel="budget", xticks=range(layers), yticks=range(len(results)), yticklabels=asked)
-    figure.colorbar(image, ax=axis, label="share of heads that ran")
-    _title(figure, "Where do heads run?", evaluation.settings, evaluation.rows)
+            axes[0].axhline(x.accuracy, color="grey", linewidth=0.8, linestyle="--", label="full model")
+    axes[0].legend(fontsize=7, loc="lower right")
+    _title(figure, "What does a smaller budget cost in accuracy?", evaluation.settings, evaluation.rows)
     return save_figure(figure, path)
 
 
 def _by_group(x: Sequence[float], y: Sequence[float], groups: int = 10) -> np.ndarray:
     """Rows in equal groups by rising x: mean x, mean y and half of its 95% interval, (3, groups)."""
-    order = np.array_split(np.argsort(x, kind="stable"), min(groups, len(x)))
     left, right = np.asarray(x), np.asarray(y)
-    return np.array([
-        (left[group].mean(), right[group].mean(), 1.96 * right[group].std() / len(group) ** 0.5) for group in order
-    ]).T  # fmt: skip
+    found = []
+    for group in np.array_split(np.argsort(left, kind="stable"), min(groups, len(left))):
+        error = 1.96 * right[group].std() / len(group) ** 0.5
+        found.append((left[group].mean(), right[group].mean(), error))
+    return np.array(found).T
 
 
 def plot_inputs(evaluation: "Evaluation", path: str | Path) -> Path:
-    """Do budgets follow the input? Heads at the model's own budget, by difficulty and by length.
+    """Do budgets follow the input? What a plain call spends, by difficulty and by length.
 
-    Difficulty is the entropy of what the model answers with all heads.
+    Difficulty is the entropy of the full model's answer.
 
     Raises:
-        ValueError: Not both all heads and the own budget were tried.
+        ValueError: Not both the full model and a plain call were tried.
     """
     columns = evaluation.inputs
-    if not {"entropy", "heads"} <= columns.keys():
+    if not {"entropy", "spent"} <= columns.keys():
         raise ValueError(f"evaluation must have tried the budgets 1.0 and None, got inputs with {sorted(columns)}.")
-    heads = columns["heads"]
-    figure, [left, right] = new_figure(2, width=7.5, sharey=True)
-    _, mean, error = _by_group(columns["entropy"], heads)
-    left.errorbar(range(1, len(mean) + 1), mean, error, color=COLORS["ours"], marker="o", capsize=2)
-    left.set(xlabel="decile of entropy with all heads, 10 is hardest", xticks=range(1, len(mean) + 1))
-    left.set_ylabel("mean share of heads, 95% interval")
-    length, mean, error = _by_group(columns["length"], heads)
-    right.errorbar(length, mean, error, color=COLORS["ours"], marker="o", capsize=2)
-    right.set(xlabel="tokens, mean of each decile")
-    for axis in (left, right):
-        axis.axhline(float(np.mean(heads)), color="grey", linewidth=0.8, linestyle="--")
-        axis.grid(alpha=0.3)
-    _title(figure, "Do budgets follow the input? (its own budget; dashed: mean)", evaluation.settings, len(heads))
+    spent = columns["spent"]
+    figure, axes = new_figure(2, width=7.5, sharey=True)
+    difficulty, length = (_by_group(columns[name], spent) for name in ("entropy", "length"))
+    difficulty[0] = range(1, len(difficulty[0]) + 1)
+    for axis, (x, mean, error) in zip(axes, (difficulty, length), strict=True):
+        axis.errorbar(x, mean, error, color=COLORS["ours"], marker="o", capsize=2)
+        axis.axhline(float(np.mean(spent)), color="grey", linewidth=0.8, linestyle="--")
+    axes[0].set(xlabel="decile of the full model's entropy, 10 is hardest", xticks=difficulty[0])
+    axes[0].set_ylabel("mean budget spent, 95% interval")
+    axes[1].set_xlabel("tokens, mean of each decile")
+    _title(figure, "Do budgets follow the input? (a plain call; dashed: mean)", evaluation.settings, len(spent))
     return save_figure(figure, path)
 
 
 def plot_time(costs: "CostCard", path: str | Path) -> Path:
-    """What time do closed heads save? Time of an input in batches and alone, against the mean share of heads that ran.
-
-    Beside the stock model, and the ceiling: the time with all heads, divided by what closing heads can save at most.
-    """
-    results = sorted(costs.results, key=lambda x: x.heads)
-    heads = [x.heads for x in results]
+    """What time does a budget save? Time of an input in batches and alone, beside the stock model, by budget spent."""
+    results = sorted(costs.results, key=lambda x: x.spent)
+    spent = [x.spent for x in results]
     figure, [left, right] = new_figure(2, width=7.5)
-    left.plot(heads, [1e3 / x.throughput for x in results], color=COLORS["ours"], marker="o", label="this model")
-    left.axhline(1e3 / costs.stock.throughput, color=COLORS["stock"], linestyle="--", label="stock, padded")
-    for x in results:
-        if x.asked == 1.0:
-            least = 1e3 / x.throughput / costs.ceiling.ratio
-            left.axhline(least, color=COLORS["static"], linestyle=":", label="ceiling: no attention at all")
+    left.plot(spent, [1e3 / x.throughput for x in results], color=COLORS["ours"], marker="o", label="this model")
     left.set_title(f"batches of {costs.settings['batch_size']}", fontsize=9)
+    right.set_title("one input at a time", fontsize=9)
     for name, style in (("p50", "-"), ("p95", ":")):
         times = [getattr(x, f"latency_{name}") for x in results]
-        right.plot(heads, times, color=COLORS["ours"], marker="o", linestyle=style, label=f"this model, {name}")
-        stock = getattr(costs.stock, f"latency_{name}")
-        right.axhline(stock, color=COLORS["stock"], linestyle="--" if name == "p50" else ":", label=f"stock, {name}")
-    right.set_title("one input at a time", fontsize=9)
+        right.plot(spent, times, color=COLORS["ours"], marker="o", linestyle=style, label=f"this model, {name}")
+    if costs.stock is not None:
+        stock = costs.stock
+        left.axhline(1e3 / stock.throughput, color=COLORS["stock"], linestyle="--", label="stock, padded")
+        right.axhline(stock.latency_p50, color=COLORS["stock"], linestyle="--", label="stock, p50")
+        right.axhline(stock.latency_p95, color=COLORS["stock"], linestyle=":", label="stock, p95")
     for axis in (left, right):
-        axis.set(xlabel="mean share of heads that ran", ylabel="milliseconds an input", xlim=(0, 1.06), ylim=(0, None))
-        axis.grid(alpha=0.3)
+        axis.set(xlabel="mean budget spent", ylabel="milliseconds an input")
+        axis.set(xlim=(0, max(1.06, 1.06 * spent[-1])), ylim=(0, None))
         axis.legend(fontsize=7, loc="lower right")
-    _title(figure, "What time do closed heads save?", costs.settings, costs.settings["rows"])
+    _title(figure, "What time does a smaller budget save?", costs.settings, costs.settings.get("rows"))
     return save_figure(figure, path)
 
 
 def plot_training(training: Mapping[str, Any], path: str | Path) -> Path:
-    """Has training settled? Budget and temperature as `BudgetCallback` logged them.
+    """Has training settled? The narrow encoder's divergence and the full model's task loss, as `BudgetCallback` logged.
 
     Args:
         training: `log_history` of the Trainer; for the title `dataset`, `rows`, and `arguments` with `seed`.
@@ -195,27 +167,24 @@ def plot_training(training: Mapping[str, Any], path: str | Path) -> Path:
     Raises:
         ValueError: Nothing was logged.
     """
-    logs = [entry for entry in training["log_history"] if "budget" in entry and "temperature" in entry]
-    if not logs:
-        raise ValueError("training must have a log_history with 'budget' and 'temperature': use BudgetCallback.")
-    step, budget, temperature = (
-        np.array([entry[name] for entry in logs]) for name in ("step", "budget", "temperature")
-    )
-    near = max(1, len(logs) // 10)
-    smooth = [budget[max(0, n - near) : n + near + 1].mean() for n in range(len(logs))]
-    figure, [left, right] = new_figure(2, width=7.5)
-    left.plot(step, budget, ".", color="grey", markersize=3, label="one batch, at a drawn budget or its own")
-    left.plot(step, smooth, color=COLORS["ours"], label=f"mean of {2 * near + 1} logs")
-    left.set(ylabel="budget, share of heads", ylim=(0, 1.02))
-    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
-    right.plot(step, temperature, color=COLORS["ours"])
-    right.set(ylabel="temperature of the scores", ylim=(0, None))
-    for axis in (left, right):
-        axis.set_xlabel("training step")
-        axis.grid(alpha=0.3)
+    names = {"divergence": "divergence from the full model's answer", "task_loss": "task loss"}
+    logs = {name: [entry for entry in training["log_history"] if name in entry] for name in names}
+    drawn = [name for name in names if logs[name]]
+    if not drawn:
+        raise ValueError("training must have a log_history with 'divergence' or 'task_loss': use BudgetCallback.")
+    figure, axes = new_figure(len(drawn), width=1.0 + 3.5 * len(drawn))
+    for axis, name in zip(axes, drawn, strict=True):
+        values = np.array([entry[name] for entry in logs[name]])
+        step = [entry["step"] for entry in logs[name]]
+        near = max(1, len(values) // 10)
+        smooth = [values[max(0, n - near) : n + near + 1].mean() for n in range(len(values))]
+        axis.plot(step, values, ".", color="grey", markersize=3, label="a batch")
+        axis.plot(step, smooth, color=COLORS["ours"], label=f"mean of {2 * near + 1} logs")
+        axis.set(xlabel="training step", ylabel=names[name], ylim=(0, None))
+        axis.legend(fontsize=7)
     settings = {"data": training.get("dataset"), "seed": training.get("arguments", {}).get("seed")}
     _title(figure, "Has training settled?", settings, training.get("rows"))
     return save_figure(figure, path)
 
 
-__all__ = ["plot_accuracy", "plot_inputs", "plot_layers", "plot_time", "plot_training"]
+__all__ = ["plot_accuracy", "plot_inputs", "plot_time", "plot_training"]

@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..budgets import DEFAULT_CONFIDENCE, DEFAULT_LOOKS
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,30 @@ class Record:
     def stale(self) -> bool:
         """Whether the weights, or the looks of a plain call, have changed since."""
         return bool(self.changed)
+
+    @property
+    def source(self) -> str:
+        """Data and split."""
+        return ", ".join(filter(None, (self.data or "unnamed data", self.split)))
+
+    def __str__(self) -> str:
+        call = describe_looks(self.looks, self.confidence)
+        text = f"On {self.rows:,} rows of {self.source}. A plain call then was {call}."
+        if "weights" in self.changed:
+            return f"{text} OUT OF DATE: the weights have changed since; measure it again."
+        if self.stale:
+            return f"{text} OUT OF DATE where it is of a plain call: its looks have changed since; measure it again."
+        return text
+
+
+def describe_looks(looks: Sequence[float] | None, confidence: Sequence[float] | None) -> str:
+    """A plain call in words, by `config.looks` and `config.confidence` of a trained model."""
+    looks = looks or DEFAULT_LOOKS
+    if len(looks) == 1:
+        return "the full model" if looks[0] == 1.0 else f"a look at a budget of {looks[0]:.3g}"
+    margins = confidence or [DEFAULT_CONFIDENCE] * (len(looks) - 1)
+    budgets, known = (", then ".join(f"{value:.3g}" for value in values) for values in (looks, margins))
+    return f"looks at budgets of {budgets}, until the margin is {known}"
 
 
 def short_name(source: Any) -> str:
@@ -121,4 +148,4 @@ def _weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["Record", "read_results", "save_result", "short_name", "write_json"]
+__all__ = ["Record", "describe_looks", "read_results", "save_result", "short_name", "write_json"]
