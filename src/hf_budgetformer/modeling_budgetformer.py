@@ -325,9 +325,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             self._warn_untrained(plan)
         return [plans[share] for share in budget.tolist()]
 
-    def _encode_narrow(self, embedded: Embedded, look: Look, masked: bool, states: Any = None) -> torch.Tensor:
+    def _encode_narrow(self, embedded: Embedded, look: Look, masked: bool) -> torch.Tensor:
         narrow: Any = self.narrow
-        hidden: torch.Tensor = narrow(embedded.hidden, embedded.batch, look.counts, masked, states)
+        hidden: torch.Tensor = narrow(embedded.hidden, embedded.batch, look.counts, masked)
         return hidden
 
 
@@ -439,15 +439,11 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             )
         if plan.looks[0].counts is None:
             return self._run_full(embedded, **kwargs)
-        if self.recorded(kwargs, "output_attentions"):
-            raise ValueError("output_attentions must be False where the narrow encoder runs, got True.")
-        states = [embedded.hidden] if self.recorded(kwargs, "output_hidden_states") else None
-        hidden = self._encode_narrow(embedded, plan.looks[0], masked, states)
-        first, pad = embedded.batch.first(hidden), embedded.batch.pad
+        self.refuse_recording(kwargs)
+        hidden = self._encode_narrow(embedded, plan.looks[0], masked)
         return BudgetFormerModelOutput(
-            last_hidden_state=pad(hidden),
-            pooler_output=self.narrow.pool(first),  # type: ignore[union-attr]
-            hidden_states=None if states is None else tuple(map(pad, states)),
+            last_hidden_state=embedded.batch.pad(hidden),
+            pooler_output=self.narrow.pool(embedded.batch.first(hidden)),  # type: ignore[union-attr]
             budget=hidden.new_full((embedded.rows,), plan.looks[0].cost, dtype=torch.float32),
         )
 
@@ -501,63 +497,57 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         asked = kwargs.get(name)
         return bool(getattr(self.config, name, False) if asked is None else asked is not False)
 
-    def _stock_mask(self, embedded: Embedded) -> torch.Tensor | None:
-        mask: torch.Tensor | None = create_bidirectional_mask(
-            config=self.config, inputs_embeds=embedded.hidden, attention_mask=embedded.batch.layout
-        )
-        return mask
+    def refuse_recording(self, kwargs: dict[str, Any]) -> None:
+        """Raises ValueError where hidden states or attentions are asked for and the narrow encoder runs."""
+        for name in ("output_hidden_states", "output_attentions"):
+            if self.recorded(kwargs, name):
+                raise ValueError(f"{name} are the full encoder's: leave budget out, or ask for 1.0.")
 
     def _run_full(self, embedded: Embedded, **kwargs: Any) -> BudgetFormerModelOutput:
-        outputs = self._record_full(embedded, **kwargs)
-        pad = embedded.batch.pad
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(x if x is None or x.dim() == 3 else pad(x) for x in outputs.hidden_states)
-        return outputs
-
-    @capture_outputs
-    def _record_full(self, embedded: Embedded, **kwargs: Any) -> BudgetFormerModelOutput:
-        if isinstance(embedded.batch, PackedBatch):
-            hidden = self.encoder(embedded.hidden, sequences=embedded.batch.sequences)
-        else:
-            hidden = self.encoder(embedded.hidden, attention_mask=self._stock_mask(embedded))
-        first = embedded.batch.first(hidden)
-        return BudgetFormerModelOutput(
-            last_hidden_state=embedded.batch.pad(hidden),
-            pooler_output=None if self.pooler is None else self.pooler(first[:, None]),
-            budget=hidden.new_ones(embedded.rows, dtype=torch.float32),
-        )
+        return self._run(embedded, None, **kwargs)[0]
 
     def _run_routed(
         self, embedded: Embedded, budget: float | torch.Tensor | None, **kwargs: Any
     ) -> tuple[BudgetFormerModelOutput, Routing, torch.Tensor | None]:
         """With the paper's routers: the outputs, what the routers said, and their terms of the loss."""
-        asked = self.config.looks[0] if budget is None and self.config.looks else budget
-        requested: Any = asked
-        if asked is not None and not isinstance(asked, torch.Tensor):
-            requested = torch.full((embedded.rows,), asked, device=embedded.hidden.device)
-        elif asked is not None:
+        requested: Any = self.config.looks[0] if budget is None and self.config.looks else budget
+        if isinstance(requested, torch.Tensor):
             requested = requested.to(embedded.hidden.device, torch.promote_types(requested.dtype, torch.float32))
-        found: list[Any] = []
-        outputs = self._record_routed(embedded, requested, found, **kwargs)
+        elif requested is not None:
+            requested = torch.full((embedded.rows,), requested, device=embedded.hidden.device)
+        outputs, found = self._run(embedded, requested, **kwargs)
         routing, loss = found
-        pad = embedded.batch.pad
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(x if x is None or x.dim() == 3 else pad(x) for x in outputs.hidden_states)
+        outputs.budget, outputs.head_gates = routing.gates.detach().mean((1, 2)), routing.gates
         return outputs, routing, loss
 
+    def _run(
+        self, embedded: Embedded, requested: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[BudgetFormerModelOutput, list[Any]]:
+        """Outputs of the full encoder, and what routers in its layers add to them."""
+        found: list[Any] = []
+        outputs = self._record(embedded, requested, found, **kwargs)
+        if outputs.hidden_states is not None:
+            pad = embedded.batch.pad
+            outputs.hidden_states = tuple(x if x is None or x.dim() == 3 else pad(x) for x in outputs.hidden_states)
+        return outputs, found
+
     @capture_outputs
-    def _record_routed(
+    def _record(
         self, embedded: Embedded, requested: torch.Tensor | None, found: list[Any], **kwargs: Any
     ) -> BudgetFormerModelOutput:
-        mask = None if isinstance(embedded.batch, PackedBatch) else self._stock_mask(embedded)
-        hidden, routing, loss = self.encoder(embedded.hidden, embedded.batch, mask, requested, _values_are_known())
-        found += [routing, loss]
-        first = embedded.batch.first(hidden)
+        hidden, batch, mask = embedded.hidden, embedded.batch, None
+        if isinstance(batch, PaddedBatch):
+            mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=batch.mask)
+        if isinstance(self.encoder, RoutedEncoder):
+            hidden, *added = self.encoder(hidden, batch, mask, requested, _values_are_known())
+            found += added
+        else:
+            sequences = batch.sequences if isinstance(batch, PackedBatch) else None
+            hidden = self.encoder(hidden, attention_mask=mask, sequences=sequences)
         return BudgetFormerModelOutput(
-            last_hidden_state=embedded.batch.pad(hidden),
-            pooler_output=None if self.pooler is None else self.pooler(first[:, None]),
-            budget=routing.gates.detach().mean((1, 2)),
-            head_gates=routing.gates,
+            last_hidden_state=batch.pad(hidden),
+            pooler_output=None if self.pooler is None else self.pooler(batch.first(hidden)[:, None]),
+            budget=hidden.new_ones(embedded.rows, dtype=torch.float32),
         )
 
     def _train(self, embedded: Embedded, look: Look | None, masked: bool, **kwargs: Any) -> BudgetFormerModelOutput:
@@ -667,7 +657,15 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         recorded = base.recorded(kwargs, "output_hidden_states") or base.recorded(kwargs, "output_attentions")
         plans = self._plan(budget, recorded)
         if recorded:
-            outputs = self._record(embedded, plans, masked, **kwargs)
+            if plans != Plan((FULL_LOOK,)):
+                base.refuse_recording(kwargs)
+            found = base(embedded=embedded, **kwargs)
+            outputs = BudgetFormerClassifierOutput(
+                logits=self._read(found),
+                hidden_states=found.hidden_states,
+                attentions=found.attentions,
+                budget=found.budget,
+            )
         elif isinstance(plans, Plan):
             logits, spent = self._look(embedded, plans.looks, plans.thresholds, masked)
             outputs = BudgetFormerClassifierOutput(logits=logits, budget=spent)
@@ -733,29 +731,6 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         spent = torch.cat([part for _, part in parts])
         place = order.argsort().to(logits.device)
         return logits[place], spent[place]
-
-    def _record(self, embedded: Embedded, plan: Any, masked: bool, **kwargs: Any) -> BudgetFormerClassifierOutput:
-        """One look with its hidden states, or the full model's with its attentions."""
-        if isinstance(plan, list) or len(plan.looks) > 1:
-            raise ValueError("output_hidden_states and output_attentions need one look for all, got several: set budget.")
-        [look] = plan.looks
-        if look.counts is None:
-            outputs = self.base_model(embedded=embedded, **kwargs)
-            return BudgetFormerClassifierOutput(
-                logits=self._read(outputs),
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-                budget=outputs.budget,
-            )
-        if self.base_model.recorded(kwargs, "output_attentions"):
-            raise ValueError("output_attentions must be False where the narrow encoder answers, got True.")
-        states = [embedded.hidden]
-        hidden = self._encode_narrow(embedded, look, masked, states)
-        return BudgetFormerClassifierOutput(
-            logits=self.narrow.answer(embedded.batch.first(hidden)),  # type: ignore[union-attr]
-            hidden_states=tuple(map(embedded.batch.pad, states)),
-            budget=hidden.new_full((embedded.rows,), look.cost, dtype=torch.float32),
-        )
 
     def _problem_type(self, labels: torch.Tensor | None) -> str:
         if self.config.problem_type is None and labels is not None and self.num_labels > 1:

@@ -201,7 +201,6 @@ class NarrowEncoder(nn.Module):
         batch: PackedBatch | PaddedBatch,
         counts: Counts,
         masked: bool = False,
-        states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Encodes a batch with the first units of each layer.
 
@@ -210,15 +209,12 @@ class NarrowEncoder(nn.Module):
             batch: How they lie.
             counts: Units to open.
             masked: Whether to compute all units and multiply closed ones by zero.
-            states: Where given, every layer's output is appended to it.
 
         Returns:
             As `hidden`.
         """
         for layer, heads, neurons in zip(self.layer, counts.heads, counts.neurons, strict=True):
             hidden = layer(hidden, batch.layout, heads, neurons, masked)
-            if states is not None:
-                states.append(hidden)
         return hidden
 
     def pool(self, first: torch.Tensor) -> torch.Tensor | None:
