@@ -1,17 +1,32 @@
-"""Accuracy and heads by budget, against what the model says batch by batch."""
+"""Accuracy, agreement and work spent by budget, against what the model says batch by batch."""
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
 
 from conftest import budgetformer, stock_classifier
+from hf_budgetformer.budgets import confidence
 from hf_budgetformer.tools import evaluation
-from hf_budgetformer.tools.baselines import prune
 from hf_budgetformer.tools.evaluation import Evaluation, evaluate_budgets
+from hf_budgetformer.tools.narrowing import cut
+
+
+@pytest.fixture
+def looking(texts, tokenizer):
+    """Makes a classifier whose first look doubts half of its answers."""
+
+    def make(backbone_type="bert"):
+        model = budgetformer(backbone_type, narrow_budget=0.5, looks=[0.25, 1.0])
+        batch = tokenizer(texts["text"][:], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            margins = confidence(model(**batch, budget=0.25).logits, None).sort().values
+        model.config.confidence = [(margins[31] + margins[32]).item() / 2]
+        return model
+
+    return make
 
 
 @pytest.fixture
@@ -19,58 +34,74 @@ def answers(texts, tokenizer):
     def ask(model, budget=None):
         batch = tokenizer(texts["text"][:], padding=True, return_tensors="pt")
         with torch.no_grad():
-            out = model(**batch, head_budget=budget, output_head_gates=True)
-        return out, (out.logits.argmax(-1) == torch.tensor(texts["label"][:])).sum().item()
+            return model(**batch, budget=budget)
 
     return ask
 
 
-def test_results_are_what_the_model_says_of_all_rows_in_one_batch(backbone_type, texts, tokenizer, answers):
-    model = budgetformer(backbone_type).train()
-    found = evaluate_budgets(model, texts, tokenizer, budgets=(1.0, None, 0.25), batch_size=5)
+def right(out, texts):
+    return (out.logits.argmax(-1) == torch.tensor(texts["label"][:])).sum().item()
+
+
+def test_results_are_what_the_model_says_of_all_rows_in_one_batch(backbone_type, texts, tokenizer, answers, looking):
+    model = looking(backbone_type).train()
+    found = evaluate_budgets(model, texts, tokenizer, budgets=(0.25, None, 1.0), batch_size=5)
     assert model.training
     model.eval()
-    assert [result.asked for result in found.results] == [1.0, None, 0.25]
+    full, plain = answers(model, 1.0), answers(model)
+    assert [result.asked for result in found.results] == [0.25, None, 1.0]
     for result in found.results:
-        out, right = answers(model, result.asked)
-        assert (result.correct, result.accuracy) == (right, right / 64)
-        assert result.heads == pytest.approx(out.head_budget.mean().item())
-        assert result.heads_by_layer == pytest.approx(out.head_gates.mean((0, 2)).tolist())
-    full, _ = answers(model, 1.0)
+        out = answers(model, result.asked)
+        same = (out.logits.argmax(-1) == full.logits.argmax(-1)).float().mean().item()
+        assert (result.correct, result.accuracy) == (right(out, texts), right(out, texts) / 64)
+        assert result.agreement == pytest.approx(same)
+        assert result.spent == pytest.approx(out.budget.mean().item())
+    assert found.results[2].agreement == 1.0
     probability = full.logits.softmax(-1)
-    assert found.inputs["entropy"] == pytest.approx((-(probability * probability.log()).sum(-1)).tolist(), abs=1e-5)
-    assert found.inputs["heads"] == pytest.approx(answers(model)[0].head_budget.tolist())
+    assert found.inputs["entropy"] == pytest.approx((-(probability * probability.log()).sum(-1)).tolist(), abs=1e-4)
+    assert found.inputs["spent"] == pytest.approx(plain.budget.tolist())
+    assert sorted(found.inputs["spent"])[31:33] == pytest.approx([0.25, 1.25], abs=0.05)
     assert found.inputs["length"] == [len(ids) for ids in tokenizer(texts["text"][:])["input_ids"]]
 
 
-def test_windows_and_batches_change_nothing(texts, tokenized, tokenizer, monkeypatch):
-    model = budgetformer("bert")
-    found = evaluate_budgets(model, texts, tokenizer)
-    monkeypatch.setattr(evaluation, "_WINDOW", 3)
-    small = evaluate_budgets(model, tokenized.rename_column("label", "labels"), tokenizer, batch_size=7)
-    for one, other in zip(found.results, small.results, strict=True):
-        assert one.heads_by_layer == pytest.approx(other.heads_by_layer)
-        assert one == replace(other, heads_by_layer=one.heads_by_layer, heads=one.heads)
+def test_windows_and_batches_change_nothing(texts, tokenized, tokenizer, looking, monkeypatch):
+    model = looking()
+    found = evaluate_budgets(model, texts, tokenizer, budgets=(1.0, 0.25, None))
+    monkeypatch.setattr(evaluation, "WINDOW", 3)
+    small = evaluate_budgets(
+        model, tokenized.rename_column("label", "labels"), tokenizer, budgets=(1.0, 0.25, None), batch_size=7
+    )
+    assert small.results == found.results
     for name, values in found.inputs.items():
-        assert small.inputs[name] == pytest.approx(values, abs=1e-5)
+        assert small.inputs[name] == pytest.approx(values, abs=1e-4)
+
+
+def test_the_papers_routers_are_tried_at_shares_of_the_heads(texts, tokenizer, answers):
+    model = budgetformer("bert", router="layer")
+    found = evaluate_budgets(model, texts, tokenizer, budgets=(1.0, 0.5, None))
+    assert [result.spent for result in found.results] == pytest.approx(
+        [answers(model, budget).budget.mean().item() for budget in (1.0, 0.5, None)]
+    )
+    assert found.results[0].agreement == 1.0
 
 
 def test_models_without_budgets_are_tried_once(texts, tokenizer, answers):
-    static = prune(budgetformer("bert"), [[0], [1, 2], [0, 1, 2, 3]])
-    [result] = evaluate_budgets(static, texts, tokenizer).results
-    assert result.asked is None
-    assert result.correct == answers(static)[1]
-    assert result.heads_by_layer == pytest.approx([0.25, 0.5, 1.0])
+    small = cut(budgetformer("bert", narrow_budget=0.5), 0.25)
+    [result] = evaluate_budgets(small, texts, tokenizer).results
+    assert (result.asked, result.agreement) == (None, None)
+    assert result.correct == right(answers(small), texts)
+    assert result.spent == pytest.approx(small.narrow.widest.cost)
     found = evaluate_budgets(stock_classifier("bert"), texts, tokenizer)
-    assert [(result.heads, result.heads_by_layer) for result in found.results] == [(1.0, [1.0, 1.0, 1.0])]
-    assert set(found.inputs) == {"length", "entropy", "heads"}
+    assert [(result.asked, result.spent) for result in found.results] == [(None, 1.0)]
+    assert set(found.inputs) == {"length", "entropy", "spent"}
 
 
 def test_inputs_are_only_those_that_were_asked_for_and_not_too_many(texts, tokenizer, monkeypatch):
-    monkeypatch.setattr(evaluation, "_MOST_INPUTS", 10)
-    found = evaluate_budgets(budgetformer("bert"), texts, tokenizer, budgets=[0.5])
+    monkeypatch.setattr(evaluation, "MOST_INPUTS", 10)
+    found = evaluate_budgets(budgetformer("bert"), texts, tokenizer, budgets=[0.25])
     lengths = [len(ids) for ids in tokenizer(texts["text"][:])["input_ids"]]
     assert found.inputs == {"length": [lengths[row * 7] for row in range(10)]}
+    assert found.results[0].agreement is None
 
 
 def test_the_interval_is_wilsons(texts, tokenizer):
@@ -81,10 +112,11 @@ def test_the_interval_is_wilsons(texts, tokenizer):
 
 
 def test_the_result_survives_json_and_prints_a_table(texts, tokenizer):
-    found = evaluate_budgets(budgetformer("bert"), texts, tokenizer, budgets=[0.5, None])
+    found = evaluate_budgets(budgetformer("bert"), texts, tokenizer, budgets=[0.25, None])
     assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     lines = str(found).splitlines()
-    assert [line.split()[0] for line in lines] == ["budget", "0.500", "own", "64"]
+    assert [line.split()[0] for line in lines] == ["budget", "0.250", "plain", "64"]
+    assert len({len(line) for line in lines[:3]}) == 1
     assert f"{found.results[1].accuracy:.1%}" in lines[2]
 
 
@@ -109,6 +141,8 @@ def test_bad_arguments_are_named(texts, tokenizer):
         r"budgets must be floats in \(0, 1\], or None .* got \[1.5\]": {"budgets": [1.5]},
         r"budgets must be floats in \(0, 1\], or None .* got \[\]": {"budgets": []},
         r"batch_size must be an integer >= 1, got 0": {"batch_size": 0},
+        r"max_length must be None or an integer >= 1, got 0": {"max_length": 0},
+        r"calibrate_margins\(model, batches\)": {"budgets": [0.5]},
     }.items():
         with pytest.raises(ValueError, match=message):
             evaluate_budgets(model, texts, tokenizer, **named)

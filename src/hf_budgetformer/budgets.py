@@ -176,7 +176,7 @@ def plan_budget(config: Any, order: OpeningOrder, budget: float) -> Plan:
     Raises:
         ValueError: Between the two, where margins are needed and none are stored.
     """
-    if budget == 1.0:
+    if budget == 1.0 and config.full_encoder:
         return Plan((FULL_LOOK,))
     if budget <= config.narrow_budget + _SLACK:
         return Plan((order.look(budget),))

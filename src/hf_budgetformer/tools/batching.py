@@ -7,6 +7,10 @@ import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
+# Batches of rows that are read at once and sorted by length: memory does not grow with the data, and padding is rare.
+WINDOW = 64
+
+
 def check_batch_size(batch_size: Any) -> None:
     """Raises ValueError unless it is an integer >= 1."""
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -30,7 +34,12 @@ def batches_by_length(
 
     Yields:
         Positions of the rows, (B,) int64, and tensors (B, L) as a model takes them.
+
+    Raises:
+        ValueError: `max_length` is below 1.
     """
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be None or an integer >= 1, got {max_length}.")
     if "input_ids" in columns:
         encoded: Any = {name: columns[name] for name in tokenizer.model_input_names if name in columns}
     else:
@@ -42,4 +51,4 @@ def batches_by_length(
         yield places, tokenizer.pad(rows, return_tensors="pt")
 
 
-__all__ = ["batches_by_length", "check_batch_size"]
+__all__ = ["WINDOW", "batches_by_length", "check_batch_size"]

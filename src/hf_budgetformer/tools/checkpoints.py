@@ -91,7 +91,7 @@ def distinct_budgets(budgets: Iterable[float | None]) -> list[float | None]:
     """Each budget once, in their order; raises ValueError where one is not allowed, or none is given."""
     found = list(dict.fromkeys(budgets))
     if not found or not all(budget is None or is_share(budget) for budget in found):
-        raise ValueError(f"budgets must be floats in (0, 1], or None for the model's own, got {found}.")
+        raise ValueError(f"budgets must be floats in (0, 1], or None for a plain call, got {found}.")
     return found
 
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,16 +26,18 @@ Columns = Annotated[
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without broken rows.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
-Budgets = Annotated[str, typer.Option(help="Shares of the heads, and own, with commas between.")]
-HeadBudget = Annotated[float | None, typer.Option(help="Share of the heads; default: the model's own.")]
+Budgets = Annotated[str, typer.Option(help="Shares of the full model's work, and plain, with commas between.")]
+Budget = Annotated[float | None, typer.Option(help="Share of the full model's work; default: a plain call.")]
 BatchSize = Annotated[int, typer.Option(help="Texts the model reads at a time.")]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens kept of a text; default: all the tokenizer allows.")]
+MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens kept of a text; default: all the tokenizer allows.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda...; default: the accelerator, if there is one.")]
+BUDGETS = "1,1/4,1/6,1/12,plain"
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="BudgetFormer: classifiers that choose their attention heads for each text.",
+    help="BudgetFormer: a classifier as it is, and a cheap first look beside it that answers the easy texts.",
     epilog="Exit codes: 0 done, 1 it failed, and one line on stderr says why, 2 wrong usage.",
 )
 
@@ -47,10 +50,10 @@ def _options(
 
 def _parse_budgets(text: str) -> list[float | None]:
     try:
-        return [None if part.strip() == "own" else float(part) for part in text.split(",")]
-    except ValueError:
+        return [None if part.strip() == "plain" else float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
         raise typer.BadParameter(
-            f"--budgets must be numbers in (0, 1], or own, with commas between, got {text!r}."
+            f"--budgets must be numbers in (0, 1], or plain, with commas between, got {text!r}."
         ) from None
 
 
@@ -67,7 +70,8 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _parse_training_arguments(given: list[str]) -> Any:
+def _parse_training_arguments(given: list[str], device: str | None) -> Any:
+    import torch
     from transformers import HfArgumentParser, TrainingArguments
 
     parser: Any = HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
@@ -76,9 +80,14 @@ def _parse_training_arguments(given: list[str]) -> Any:
         raise typer.BadParameter(message)
 
     parser.error = refuse
+    kind = None if device is None else torch.device(device).type
+    if kind == "cpu":
+        given = [*given, "--use_cpu"]
     arguments, unknown = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
     if unknown:
         raise typer.BadParameter(f"neither this command nor TrainingArguments knows {' '.join(unknown)}.")
+    if kind not in (None, arguments.device.type):
+        raise typer.BadParameter(f"--device must be cpu or {arguments.device.type} here, got {device!r}.")
     return arguments
 
 
@@ -100,26 +109,25 @@ def _keep_quiet() -> None:
 
 
 def _read(data: str, split: str | None, columns: list[str] | None, skip_bad: bool) -> Any:
-    from hf_budgetformer.tools.data import read_table
+    from hf_budgetformer.tools.tables import read_table
 
     _keep_quiet()
     return read_table(data, split, _parse_pairs("--column", columns), skip_bad)
 
 
-def _load(checkpoint: str, budgeted: bool = True) -> tuple[Any, Any]:
-    from hf_budgetformer.tools.data import load_classifier
+def _load(checkpoint: str, device: str | None, budgeted: bool = True) -> tuple[Any, Any]:
+    from hf_budgetformer.tools.checkpoints import load_classifier
 
     _keep_quiet()
-    return load_classifier(checkpoint, budgeted)
+    return load_classifier(checkpoint, budgeted, device)
 
 
-def _finish(found: Any, as_json: bool, checkpoint: str, name: str) -> None:
+def _finish(found: Any, as_json: bool, folder: str, kind: str, data: str, split: str | None, rows: int) -> None:
     """Prints a result, then keeps it beside its checkpoint, if that is a folder."""
-    from hf_budgetformer.tools.data import write_json
+    from hf_budgetformer.tools.results import save_result
 
     print(json.dumps(found.to_dict()) if as_json else found)
-    if Path(checkpoint).is_dir():
-        write_json(Path(checkpoint) / "budgetformer" / f"{name}.json", found.to_dict())
+    save_result(folder, kind, found.to_dict(), data, split, rows)
 
 
 def _training(checkpoint: str) -> dict[str, Any]:
@@ -139,10 +147,9 @@ def train(
     output: Annotated[str, typer.Option("--output", "--output_dir", help="Folder for the model.", show_default=False)],
     validation: Annotated[str | None, typer.Option(help="Data to evaluate on.", show_default=False)] = None,
     validation_split: Split = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Fine-tuned classifier to learn from, in place of stage one.", show_default=False)
-    ] = None,
-    one_stage: Annotated[bool, typer.Option("--one-stage", help="Train without a teacher.")] = False,
+    fine_tuned: Annotated[bool, typer.Option("--fine-tuned", help="CHECKPOINT is, and stays as it is.")] = False,
+    together: Annotated[bool, typer.Option("--together", help="Both encoders learn at once, in one stage.")] = False,
+    new_head: Annotated[bool, typer.Option("--new-head", help="Other labels than CHECKPOINT's: start anew.")] = False,
     config: Annotated[
         list[str] | None, typer.Option(help="FIELD=VALUE of BudgetFormerConfig; may be repeated.", show_default=False)
     ] = None,
@@ -150,17 +157,18 @@ def train(
     split: Split = None,
     column: Columns = None,
     skip_bad: SkipBad = False,
+    device: Device = None,
     with_card: Annotated[bool, typer.Option("--card", help="Write the model card at the end.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune the plain model, then train a BudgetFormer that it teaches.
+    """Fine-tune the plain model, then train a narrow encoder beside it, from its answers.
 
     After CHECKPOINT and DATA, every option of TrainingArguments is one of this command too; it holds for both stages.
     """
     if stray := [argument for argument in (checkpoint, data) if argument.startswith("-")]:
         raise typer.BadParameter(f"CHECKPOINT and DATA come first, got {stray[0]} before them.")
     fields = {name: _parse_value(text) for name, text in _parse_pairs("--config", config).items()}
-    arguments = _parse_training_arguments([*context.args, "--output_dir", output])
+    arguments = _parse_training_arguments([*context.args, "--output_dir", output], device)
     from hf_budgetformer.tools.recipe import train_classifier
 
     Path(output).mkdir(parents=True, exist_ok=True)
@@ -168,43 +176,44 @@ def train(
     held_out = _read(validation, validation_split, column, skip_bad) if validation else None
     with contextlib.redirect_stdout(sys.stderr):  # what the Trainer prints is no result
         found = train_classifier(
-            checkpoint, rows, arguments, held_out, teacher, one_stage, max_length, source=data, **fields
+            checkpoint, rows, arguments, held_out, fine_tuned, together, new_head, max_length, data, **fields
         )
     if with_card:
         from hf_budgetformer.tools.model_card import write_model_card
 
         write_model_card(output)
-    told = {"output": output, **{name: found[name] for name in ("teacher", "rows", "seconds", "validation")}}
+    summary = {"output": output, **{name: found[name] for name in ("teacher", "rows", "seconds", "validation")}}
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(summary))
     else:
         figures = f", accuracy {found['validation']['eval_accuracy']:.1%} on {validation}" if validation else ""
         print(f"Saved in {output}: trained on {found['rows']} rows{figures}.")
 
 
-@app.command(epilog="Example: budgetformer evaluate out test.csv --budgets 1,0.5,0.25,own")
+@app.command(epilog="Example: budgetformer evaluate out test.csv --budgets 1,1/4,plain")
 def evaluate(
     checkpoint: Checkpoint,
     data: Data,
-    budgets: Budgets = "1,0.5,0.25,0.125,own",
+    budgets: Budgets = BUDGETS,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
+    device: Device = None,
     split: Split = None,
     column: Columns = None,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Accuracy and heads at several budgets; a stock or baked model is tried as it is."""
+    """Accuracy, agreement with the full model and work spent; a stock or cut model is tried as it is."""
     asked = _parse_budgets(budgets)
     from dataclasses import replace
 
     from hf_budgetformer.tools.evaluation import evaluate_budgets
 
-    model, tokenizer = _load(checkpoint, budgeted=False)
+    model, tokenizer = _load(checkpoint, device, budgeted=False)
     found = evaluate_budgets(model, _read(data, split, column, skip_bad), tokenizer, asked, batch_size, max_length)
     seed = _training(checkpoint).get("arguments", {}).get("seed")
     found = replace(found, settings={**found.settings, "data": data, "split": split, "seed": seed})
-    _finish(found, as_json, checkpoint, "evaluation")
+    _finish(found, as_json, checkpoint, "evaluation", data, split, found.rows)
 
 
 @app.command(epilog="Example: budgetformer tune out validation.csv --tolerance 0.01 --write")
@@ -213,11 +222,12 @@ def tune(
     data: Data,
     tolerance: Annotated[float, typer.Option(help="Accuracy that may be lost; 0.005 is half a point.")] = 0.005,
     confidence: Annotated[float, typer.Option(help="That no more is lost.")] = 0.95,
-    budgets: Annotated[str | None, typer.Option(help="Candidates, with commas; default: each count of heads.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Set the budget in the folder's config.json.")] = False,
+    budgets: Annotated[str | None, typer.Option(help="Candidates, with commas; default: a rising few.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Set the looks in the folder's config.json.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order in which rows are looked at.")] = 0,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
+    device: Device = None,
     split: Split = None,
     column: Columns = None,
     skip_bad: SkipBad = False,
@@ -227,28 +237,30 @@ def tune(
     if write and not Path(checkpoint).is_dir():
         raise typer.BadParameter(f"--write needs a folder, got {checkpoint}.")
     asked: Any = None if budgets is None else _parse_budgets(budgets)
-    from hf_budgetformer.tools.data import write_json
+    from hf_budgetformer.tools.results import write_json
     from hf_budgetformer.tools.tuning import tune_budget
 
-    model, tokenizer = _load(checkpoint)
+    model, tokenizer = _load(checkpoint, device)
     rows = _read(data, split, column, skip_bad)
-    found = tune_budget(model, rows, tokenizer, asked, tolerance, confidence, batch_size, seed, "flops", max_length)
-    _finish(found, as_json, checkpoint, "tuning")
-    if write:
+    found = tune_budget(model, rows, tokenizer, asked, tolerance, confidence, batch_size, seed, max_length, write=write)
+    if write:  # before the result is kept, which holds for these looks
         path = Path(checkpoint) / "config.json"
-        write_json(path, {**json.loads(path.read_text("utf-8")), "head_budget": found.budget})
+        looks = {name: getattr(model.config, name) for name in ("looks", "confidence", "margins")}
+        write_json(path, {**json.loads(path.read_text("utf-8")), **looks})
+    _finish(found, as_json, checkpoint, "tuning", data, split, len(rows))
 
 
-@app.command(epilog="Example: budgetformer profile out test.csv --budgets 1,0.25,own --rows 512")
+@app.command(epilog="Example: budgetformer profile out test.csv --budgets 1,1/4,plain --rows 512")
 def profile(
     checkpoint: Checkpoint,
     data: Data,
-    budgets: Budgets = "1,0.5,0.25,own",
+    budgets: Budgets = BUDGETS,
     rows: Annotated[int, typer.Option(help="Texts that are measured.")] = 256,
     repeats: Annotated[int, typer.Option(help="Times each batch is run.")] = 5,
     energy: Annotated[bool, typer.Option("--energy", help="Measure energy and CO2e too.")] = False,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
+    device: Device = None,
     split: Split = None,
     column: Columns = None,
     skip_bad: SkipBad = False,
@@ -258,80 +270,58 @@ def profile(
     asked = _parse_budgets(budgets)
     from hf_budgetformer.tools.profiling import cost_card
 
-    model, tokenizer = _load(checkpoint)
+    model, tokenizer = _load(checkpoint, device)
     texts, seconds = _read(data, split, column, skip_bad), _training(checkpoint).get("seconds")
     found = cost_card(model, texts, tokenizer, asked, batch_size, rows, repeats, max_length, seconds, energy)
-    _finish(found, as_json, checkpoint, "costs")
+    _finish(found, as_json, checkpoint, "costs", data, split, found.settings["rows"])
 
 
-@app.command(epilog="Example: budgetformer bake out train.csv --output baked --head-budget 0.25 --test test.csv")
-def bake(
+@app.command(epilog="Example: budgetformer cut out --output small --budget 0.25 --test test.csv")
+def cut(
     checkpoint: Checkpoint,
-    data: Data,
-    output: Annotated[str, typer.Option(help="Folder for the baked model.", show_default=False)],
-    head_budget: HeadBudget = None,
-    test: Annotated[str | None, typer.Option(help="Data to evaluate the baked model on.", show_default=False)] = None,
-    rows: Annotated[int, typer.Option(help="Texts that choose the heads, drawn at random.")] = 2000,
+    output: Annotated[str, typer.Option(help="Folder for the cut model.", show_default=False)],
+    budget: Annotated[float, typer.Option(help="Share of the full model's work that is left.", show_default=False)],
+    test: Annotated[str | None, typer.Option(help="Data to evaluate the cut model on.", show_default=False)] = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
+    device: Device = None,
     split: Split = None,
     column: Columns = None,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Cut a model down to the heads it opens most often: small, static, and plain enough for any runtime."""
-    from dataclasses import replace
-
-    from transformers.utils import logging
-
-    from hf_budgetformer.tools.data import batches_by_length, write_json
-    from hf_budgetformer.tools.evaluation import evaluate_budgets
-    from hf_budgetformer.tools.export import bake
-
+    """Cut the narrow encoder out at a budget: a small static model that trains, saves and loads like any."""
     if Path(output).resolve() == Path(checkpoint).resolve():
         raise ValueError(f"output must not be the checkpoint's own folder, got {output}.")
-    model, tokenizer = _load(checkpoint)
-    texts = _read(data, split, column, skip_bad).shuffle(seed=0)
-    batches = batches_by_length(texts[:rows], tokenizer, batch_size, max_length)
-    bar = logging.tqdm(batches, desc="Counting open heads", unit=" batches", leave=False, disable=None)
-    baked = bake(model, (batch for _, batch in bar), head_budget)
-    baked.save_pretrained(output)
+    from hf_budgetformer.tools import narrowing
+
+    model, tokenizer = _load(checkpoint, device)
+    small = narrowing.cut(model, budget)
+    small.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    kept = baked.config.static_heads
-    told: dict[str, Any] = {"output": output, "static_heads": kept}
+    parameters = small.num_parameters()
+    if not as_json:
+        print(f"Saved in {output}: {parameters:,} parameters are left.")
+    elif not test:
+        print(json.dumps({"output": output, "parameters": parameters}))
     if test:
-        found = evaluate_budgets(
-            baked, _read(test, split, column, skip_bad), tokenizer, (None,), batch_size, max_length
-        )
-        found = replace(found, settings={**found.settings, "checkpoint": output, "data": test, "budget": head_budget})
-        told["evaluation"] = found.to_dict()
-        write_json(Path(output) / "budgetformer" / "evaluation.json", found.to_dict())
-        if Path(checkpoint).is_dir():
-            write_json(Path(checkpoint) / "budgetformer" / "static.json", found.to_dict())
-    if as_json:
-        print(json.dumps(told))
-    else:
-        print(
-            f"Saved in {output}: {sum(map(len, kept))} heads are left, by layer {', '.join(str(len(x)) for x in kept)}."
-        )
-        if test:
-            print(found)
+        evaluate(output, test, "plain", batch_size, max_length, device, split, column, skip_bad, as_json)
 
 
-@app.command(epilog="Example: budgetformer export baked baked.onnx --quantize")
+@app.command(epilog="Example: budgetformer export out small.onnx --budget 0.25 --quantize")
 def export(
     checkpoint: Checkpoint,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Of the onnx file.")],
-    head_budget: HeadBudget = None,
+    budget: Annotated[float | None, typer.Option(help="1, or up to the narrow budget; default: 1.")] = None,
     quantize: Annotated[bool, typer.Option("--quantize", help="Weights in int8.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model as ONNX, for onnxruntime; bake it first, or closed heads save nothing there."""
+    """Write a model at a constant budget as ONNX, for onnxruntime."""
     from hf_budgetformer.tools.export import export_onnx
 
-    model, _ = _load(checkpoint)
+    model, _ = _load(checkpoint, "cpu")
     with contextlib.redirect_stdout(sys.stderr):
-        path = export_onnx(model, output, head_budget, quantize)
+        path = export_onnx(model, output, budget, quantize)
     print(json.dumps({"output": str(path)}) if as_json else f"Saved as {path}.")
 
 
@@ -350,7 +340,7 @@ def card(
     print(json.dumps({"output": str(path)}) if as_json else f"Saved as {path}.")
 
 
-@app.command(epilog="Example: budgetformer predict out --file texts.csv --output answers.jsonl --budgets")
+@app.command(epilog="Example: budgetformer predict out --file texts.csv --output answers.jsonl --spent")
 def predict(
     checkpoint: Checkpoint,
     texts: Annotated[
@@ -362,11 +352,11 @@ def predict(
     output: Annotated[
         str | None, typer.Option(help="jsonl file; with --file, a run that was cut off goes on.", show_default=False)
     ] = None,
-    head_budget: HeadBudget = None,
-    budgets: Annotated[bool, typer.Option("--budgets", help="Give the share of heads that ran.")] = False,
-    gates: Annotated[bool, typer.Option("--gates", help="Give the heads that ran, by layer.")] = False,
+    budget: Budget = None,
+    spent: Annotated[bool, typer.Option("--spent", help="Give the share of the full model's work spent.")] = False,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
+    device: Device = None,
     split: Split = None,
     column: Columns = None,
     skip_bad: SkipBad = False,
@@ -377,12 +367,12 @@ def predict(
     if output and not file:
         raise typer.BadParameter("--output needs --file; what comes from elsewhere is printed.")
     from hf_budgetformer.tools import prediction
-    from hf_budgetformer.tools.data import read_rows
+    from hf_budgetformer.tools.tables import read_rows
 
     columns = _parse_pairs("--column", column)
-    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "head_budget": head_budget}
-    options |= {"budgets": budgets, "gates": gates, "skip_bad": skip_bad}
-    model, tokenizer = _load(checkpoint, budgeted=False)
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "budget": budget, "spent": spent}
+    options["skip_bad"] = skip_bad
+    model, tokenizer = _load(checkpoint, device, budgeted=False)
     if file and output:
         done = prediction.predict_file(model, tokenizer, file, output, split, columns, **options)
         print(f"Saved as {output}" + (f"; {done} rows were there already." if done else "."), file=sys.stderr)

@@ -1,6 +1,5 @@
-"""Accuracy and heads by budget, on labelled rows."""
+"""Accuracy, agreement with the full model and work spent by budget, on labelled rows."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,16 +10,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .data import batches_by_length, check_batch_size, distinct_budgets, label_ids
+from .batching import WINDOW, batches_by_length, check_batch_size
+from .checkpoints import distinct_budgets
+from .tables import label_ids
 
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
-
-_MOST_INPUTS = 2000
-# Rows are sorted by length within so many batches: memory does not grow with the data, and padding is rare.
-_WINDOW = 64
+BUDGETS = (1.0, 1 / 4, 1 / 6, 1 / 12, None)
+# Inputs whose length, entropy and spent budget are kept.
+MOST_INPUTS = 2000
 
 
 @dataclass(frozen=True)
@@ -28,32 +28,32 @@ class BudgetResult:
     """What came of one budget.
 
     Attributes:
-        asked: Share of the heads asked for; None: nothing was, and the model did what it does by itself.
+        asked: The budget asked for; None: a plain call.
         correct: Rows answered rightly.
         accuracy: Their share.
         interval: Bounds of the accuracy on rows like these, 95% (Wilson's score interval).
-        heads: Mean share of the heads that ran.
-        heads_by_layer: The same for each layer, (layers,).
+        agreement: Share of the rows that get the full model's label; None where 1.0 was not among the budgets.
+        spent: Mean share of the full model's work, all looks together.
     """
 
     asked: float | None
     correct: int
     accuracy: float
     interval: tuple[float, float]
-    heads: float
-    heads_by_layer: list[float]
+    agreement: float | None
+    spent: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy and heads of one model at several budgets.
+    """One model on one data set, at several budgets.
 
     Attributes:
         rows: Rows that each budget was tried on.
         results: One for each budget, in the order asked.
         inputs: Of at most 2,000 rows, spread evenly over the data, one value for each: "length" in tokens; "entropy"
-            in nats, of the answer with all heads, if these were asked for (or the only answer there is); "heads", the
-            share that ran when nothing was asked, if this was tried.
+            in nats, of the full model's answer, if it was asked for (or the only answer there is); "spent" by a plain
+            call, if it was tried.
         settings: What was run.
     """
 
@@ -73,11 +73,12 @@ class Evaluation:
         return cls(**{**values, "results": results})
 
     def __str__(self) -> str:
-        lines = [f"{'budget':>6}{'accuracy':>10}  {'95% interval':<16}{'heads':>8}"]
+        lines = [f"{'budget':>6}{'accuracy':>10}  {'95% interval':<16}{'agreement':>11}{'spent':>8}"]
         for result in self.results:
-            asked = "own" if result.asked is None else f"{result.asked:.3f}"
+            asked = "plain" if result.asked is None else f"{result.asked:.3f}"
             interval = "[{:.1%}, {:.1%}]".format(*result.interval)
-            lines.append(f"{asked:>6}{result.accuracy:>10.1%}  {interval:<16}{result.heads:>8.1%}")
+            agreement = "-" if result.agreement is None else f"{result.agreement:.1%}"
+            lines.append(f"{asked:>6}{result.accuracy:>10.1%}  {interval:<16}{agreement:>11}{result.spent:>8.3f}")
         return "\n".join([*lines, f"{self.rows} rows"])
 
 
@@ -94,18 +95,18 @@ def evaluate_budgets(
     model: nn.Module,
     dataset: "Dataset",
     tokenizer: PreTrainedTokenizerBase,
-    budgets: Iterable[float | None] = (1.0, 0.5, 0.25, 0.125, None),
+    budgets: Iterable[float | None] = BUDGETS,
     batch_size: int = 32,
     max_length: int | None = None,
 ) -> Evaluation:
-    """Tries a classifier at several head budgets, each on every row.
+    """Tries a classifier at several budgets, each on every row.
 
     Args:
         model: A classifier, one label for each input; asked in eval mode, and left in the mode it was in. One that
-            takes no budgets, stock or cut down to static heads, is tried once, whatever `budgets` are.
-        dataset: Rows that the model was not trained on, as in `tools.data.label_ids`.
+            takes no budgets, stock or cut, is tried once as it is, whatever `budgets` are.
+        dataset: Rows that the model was not trained on, as in `tools.tables.label_ids`.
         tokenizer: Of the model.
-        budgets: Shares in (0, 1]; None: `config.head_budget`, or the budget the model chooses where that is None.
+        budgets: Floats in (0, 1]; None: a plain call.
         batch_size: Rows the model reads at a time, >= 1; sorted by length within 64 batches.
         max_length: Tokens kept of a text; only for rows that are not tokenized yet. None: all the tokenizer allows.
 
@@ -114,61 +115,54 @@ def evaluate_budgets(
         ImportError: scipy is not installed.
     """
     ours: Any = model
-    config, budgets = ours.config, distinct_budgets(budgets)
+    asked = distinct_budgets(budgets)
     check_batch_size(batch_size)
-    labels, plain = label_ids(dataset, config), dataset.with_format(None)
-    budgeted = config.model_type == "budgetformer"
-    routed = budgeted and config.static_heads is None
-    asked = budgets if routed else [None]
-    correct, opened = np.zeros(len(asked), int), torch.zeros(len(asked), config.num_hidden_layers)
-    columns: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(labels)))
+    labels = label_ids(dataset, ours.config)
+    rows, plain = len(labels), dataset.with_format(None)
+    budgeted = ours.config.model_type == "budgetformer"
+    full: float | None = 1.0
+    if not budgeted or not ours.config.full_encoder:
+        asked, full = [None], None
+    answers = np.zeros((len(asked), rows), dtype=np.int64)
+    spent = np.ones((len(asked), rows))
+    lengths, entropy = np.zeros(rows), np.zeros(rows)
 
-    def answer(places: np.ndarray, batch: Any, index: int, budget: float | None) -> None:
-        gates = torch.ones(len(places), config.num_hidden_layers, 1)
-        if budgeted:
-            out = ours(**batch, head_budget=budget, output_head_gates=True)
-            gates = out.head_gates.cpu()  # (B, layers, H)
-        else:
-            out = ours(**batch)
-        logits = out.logits.float().cpu()
-        correct[index] += (logits.argmax(-1).numpy() == labels[places]).sum()
-        opened[index] += gates.mean(-1).sum(0)
-        if budget == 1.0 or not routed:
-            columns["entropy"][places] = torch.distributions.Categorical(logits=logits).entropy()
-        if budget is None:
-            columns["heads"][places] = gates.mean((1, 2))
+    def ask(places: np.ndarray, batch: Any) -> None:
+        for index, budget in enumerate(asked):
+            out = ours(**batch) if budget is None else ours(**batch, budget=budget)
+            logits = out.logits.float().cpu()
+            answers[index, places] = logits.argmax(-1)
+            if budgeted:
+                spent[index, places] = out.budget.cpu()
+            if budget == full:
+                entropy[places] = torch.distributions.Categorical(logits=logits).entropy()
 
-    was_training, step = model.training, _WINDOW * batch_size
+    was_training, step = model.training, WINDOW * batch_size
     model.eval()
     try:
-        with torch.no_grad(), logging.tqdm(total=len(labels), desc="Evaluating", leave=False, disable=None) as bar:
-            for start in range(0, len(labels), step):
+        with torch.no_grad(), logging.tqdm(total=rows, desc="Evaluating", leave=False, disable=None) as bar:
+            for start in range(0, rows, step):
                 for places, batch in batches_by_length(plain[start : start + step], tokenizer, batch_size, max_length):
-                    columns["length"][start + places] = batch["attention_mask"].sum(-1)
-                    batch = batch.to(ours.device)
-                    for index, budget in enumerate(asked):
-                        answer(start + places, batch, index, budget)
+                    lengths[start + places] = batch["attention_mask"].sum(-1)
+                    ask(start + places, batch.to(ours.device))
                     bar.update(len(places))
     finally:
         model.train(was_training)
-    shares = opened.double() / len(labels)  # (budgets, layers)
-    sample = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), _MOST_INPUTS)).astype(int))
-    return Evaluation(
-        rows=len(labels),
-        results=[
-            BudgetResult(
-                asked=budget,
-                correct=int(right),
-                accuracy=int(right) / len(labels),
-                interval=_wilson_interval(int(right), len(labels)),
-                heads=share.mean().item(),
-                heads_by_layer=share.tolist(),
-            )
-            for budget, right, share in zip(asked, correct, shares, strict=True)
-        ],
-        inputs={name: values[sample].tolist() for name, values in columns.items()},
-        settings={"checkpoint": ours.name_or_path, "batch_size": batch_size, "max_length": max_length},
-    )
+
+    sample = np.unique(np.linspace(0, rows - 1, min(rows, MOST_INPUTS)).astype(int))
+    inputs = {"length": lengths[sample].tolist()}
+    if full in asked:
+        inputs["entropy"] = entropy[sample].tolist()
+    if None in asked:
+        inputs["spent"] = spent[asked.index(None)][sample].tolist()
+    results = []
+    for index, budget in enumerate(asked):
+        correct = int((answers[index] == labels).sum())
+        same = float((answers[index] == answers[asked.index(1.0)]).mean()) if 1.0 in asked else None
+        interval = _wilson_interval(correct, rows)
+        results.append(BudgetResult(budget, correct, correct / rows, interval, same, float(spent[index].mean())))
+    settings = {"checkpoint": ours.name_or_path, "batch_size": batch_size, "max_length": max_length}
+    return Evaluation(rows, results, inputs, settings)
 
 
 __all__ = ["BudgetResult", "Evaluation", "evaluate_budgets"]

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TextClassificationPipeline
 from transformers.utils import logging
 
 from ..configuration_budgetformer import is_share
-from .data import batches_by_length, check_batch_size, check_single_label, read_rows, weights_digest, write_json
+from .batching import WINDOW, batches_by_length, check_batch_size
+from .checkpoints import check_single_label, weights_digest
+from .results import write_json
+from .tables import read_rows
 
 
-# Rows are sorted by length within so many batches.
-_WINDOW = 64
+def _check_budgeted(model: Any) -> None:
+    if model.config.model_type != "budgetformer":
+        raise ValueError(f"budget and what was spent need a BudgetFormer, got a {model.config.model_type} model.")
 
 
 def predict(
@@ -25,9 +29,8 @@ def predict(
     rows: Iterable[tuple[Mapping[str, str], str | None]],
     batch_size: int = 32,
     max_length: int | None = None,
-    head_budget: float | None = None,
-    budgets: bool = False,
-    gates: bool = False,
+    budget: float | None = None,
+    spent: bool = False,
     skip_bad: bool = False,
     first: int = 0,
 ) -> Iterator[dict[str, Any]]:
@@ -36,12 +39,11 @@ def predict(
     Args:
         model: A classifier in eval mode, stock or BudgetFormer, one label for each input.
         tokenizer: Of the model.
-        rows: As `tools.data.read_rows` gives them: text and, for pairs, text_pair; and what is wrong with the row.
+        rows: As `tools.tables.read_rows` gives them: text and, for pairs, text_pair; and what is wrong with the row.
         batch_size: Rows the model reads at a time, >= 1.
         max_length: Tokens kept of a text. None: all the tokenizer allows.
-        head_budget: Share of the heads asked for, a float in (0, 1]; None: the model's own.
-        budgets: Whether to give `head_budget`, the share of heads that ran for the input.
-        gates: Whether to give `head_gates`, for each layer a list of 0 and 1, one for each head.
+        budget: Share of the full model's work asked for, a float in (0, 1]; None: a plain call.
+        spent: Whether to give `budget`, what was spent on the input.
         skip_bad: Whether a broken row gets an error in place of a label; or else it ends the work.
         first: Number of the first row.
 
@@ -53,15 +55,13 @@ def predict(
     """
     check_single_label(model.config)
     check_batch_size(batch_size)
-    asked: dict[str, Any] = {"output_head_gates": True} if gates else {}
-    if head_budget is not None:
-        if not is_share(head_budget):
-            raise ValueError(f"head_budget must be a float in (0, 1], got {head_budget!r}.")
-        asked["head_budget"] = head_budget
-    if (asked or budgets) and model.config.model_type != "budgetformer":
-        raise ValueError(f"budgets and gates need a BudgetFormer, got a {model.config.model_type} model.")
+    asked: dict[str, Any] = {} if budget is None else {"budget": budget}
+    if budget is not None and not is_share(budget):
+        raise ValueError(f"budget must be a float in (0, 1], got {budget!r}.")
+    if budget is not None or spent:
+        _check_budgeted(model)
     numbered = enumerate(rows, first)
-    while window := list(itertools.islice(numbered, _WINDOW * batch_size)):
+    while window := list(itertools.islice(numbered, WINDOW * batch_size)):
         for number, (_, fault) in window:
             if fault and not skip_bad:
                 raise ValueError(
@@ -78,10 +78,8 @@ def predict(
                 answer = sound[place][0]
                 del answer["error"]
                 answer |= {"label": model.config.id2label[label], "score": round(scores[index].item(), 6)}
-                if budgets:
-                    answer["head_budget"] = round(out.head_budget[index].item(), 6)
-                if gates:
-                    answer["head_gates"] = out.head_gates[index].int().tolist()
+                if spent:
+                    answer["budget"] = round(out.budget[index].item(), 6)
         yield from answers
 
 
@@ -105,7 +103,7 @@ def predict_file(
     Args:
         model: As in `predict`.
         tokenizer: Of the model.
-        source: As in `tools.data.read_rows`.
+        source: As in `tools.tables.read_rows`.
         output: Of the jsonl file.
         split: As in `read_rows`.
         columns: As in `read_rows`.
@@ -136,7 +134,7 @@ def predict_file(
     if before is None:
         partial.write_bytes(b"")
         write_json(origin, run)
-    done = _cut_to_windows(partial, _WINDOW * batch_size)
+    done = _cut_to_windows(partial, WINDOW * batch_size)
     rows = itertools.islice(read_rows(source, split, columns), done, None)
     answers = predict(model, tokenizer, rows, batch_size, skip_bad=skip_bad, first=done, **options)
     with partial.open("a", encoding="utf-8", buffering=1) as file:
@@ -168,4 +166,24 @@ def _cut_to_windows(path: Path, window: int) -> int:
     return kept
 
 
-__all__ = ["predict", "predict_file"]
+class BudgetTextClassificationPipeline(TextClassificationPipeline):
+    """The stock pipeline, with one more option: `pipeline(...)(text, budget=0.25)`.
+
+    It stands in for the stock one under its name, "text-classification"; without a budget it does the same, whatever
+    the model.
+    """
+
+    def _sanitize_parameters(self, budget: float | None = None, **options: Any) -> tuple[Any, Any, Any]:
+        preprocess, forward, postprocess = super()._sanitize_parameters(**options)
+        if budget is None:
+            return preprocess, forward, postprocess
+        _check_budgeted(self.model)
+        return preprocess, {**forward, "budget": budget}, postprocess
+
+    def _forward(self, model_inputs: Any, budget: float | None = None) -> Any:
+        if budget is None:
+            return super()._forward(model_inputs)
+        return self.model(**model_inputs, budget=budget)
+
+
+__all__ = ["BudgetTextClassificationPipeline", "predict", "predict_file"]

@@ -1,4 +1,4 @@
-"""The recipe in two stages: fine-tune the backbone as usual, then train a BudgetFormer that it teaches."""
+"""The recipe in two stages: fine-tune the backbone as usual, then train a narrow encoder beside it."""
 
 import copy
 import time
@@ -19,7 +19,9 @@ from transformers import (
 from ..backbones import max_input_length
 from ..configuration_budgetformer import BudgetFormerConfig
 from ..modeling_budgetformer import BudgetFormerForSequenceClassification
-from .data import label_ids, load_config, write_json
+from .checkpoints import load_config, load_trained
+from .results import write_json
+from .tables import label_ids
 from .training import BudgetCallback, add_teacher_logits
 
 
@@ -61,21 +63,51 @@ def _tokenized(
     return encoded.add_column("labels", label_ids(dataset, config).tolist())
 
 
+def _check_labels(checkpoint: str, train: "Dataset", fine_tuned: bool, new_head: bool) -> Any:
+    """The labels that the model gets, as fields of its configuration; raises ValueError where they do not fit."""
+    known = load_config(checkpoint)
+    names = sorted(known.label2id, key=known.label2id.get)
+    if fine_tuned:
+        try:
+            label_ids(train, known)
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint {checkpoint} has the labels {names}, the data have others ({error}) Leave out fine_tuned "
+                "(--fine-tuned) to fine-tune it on them, or give data with its labels."
+            ) from None
+    else:
+        found = label_names(train)
+        # A checkpoint without a classifier has none of these architectures, and two labels by default.
+        has_head = any("SequenceClassification" in name for name in known.architectures or [])
+        if has_head and not new_head and len(found) != len(names):
+            raise ValueError(
+                f"checkpoint {checkpoint} has {len(names)} labels, {names}, the data have {len(found)}, {found}: give "
+                "new_head=True (--new-head) to train a classifier of its own for them."
+            )
+        names = found
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+    }
+
+
 def train_classifier(
     checkpoint: str,
     train: "Dataset",
     arguments: TrainingArguments,
     validation: "Dataset | None" = None,
-    teacher: str | None = None,
-    one_stage: bool = False,
+    fine_tuned: bool = False,
+    together: bool = False,
+    new_head: bool = False,
     max_length: int | None = None,
     source: str | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
     """Trains a BudgetFormer from a plain checkpoint, and saves it in `arguments.output_dir`, ready for use.
 
-    Stage one fine-tunes the stock model and saves it in the folder `teacher` there; stage two starts from that and is
-    taught by it. Both take the same arguments.
+    Stage one fine-tunes the stock model and saves it in the folder `teacher` there; stage two trains the narrow encoder
+    beside it, from its answers, and leaves it as it is. Both take the same arguments.
 
     ```python
     train_classifier("bert-base-uncased", read_table("train.csv"), TrainingArguments("out", learning_rate=3e-5))
@@ -83,12 +115,13 @@ def train_classifier(
 
     Args:
         checkpoint: Folder or Hub id of a BERT or RoBERTa model.
-        train: Rows with text, text_pair if there are two, and label, as `tools.data.read_table` returns them.
+        train: Rows with text, text_pair if there are two, and label, as `tools.tables.read_table` returns them.
         arguments: Of the Trainer. With `resume_from_checkpoint` stage two goes on, and stage one is not repeated.
-        validation: Rows to evaluate on while training, if the arguments say so, and at the end.
-        teacher: Folder or Hub id of a fine-tuned classifier to learn from, in place of stage one; the model starts from
-            `checkpoint` and takes over the teacher's labels.
-        one_stage: Whether to do without any teacher.
+        validation: Rows to evaluate on while training, if the arguments say so, and at the end; with it budgets between
+            the narrow one and 1 can be asked for.
+        fine_tuned: Whether `checkpoint` is a classifier for these labels already, and stays as it is: no stage one.
+        together: Whether to train both encoders at once, in one stage.
+        new_head: Whether a checkpoint with another number of labels gets a new classifier.
         max_length: Tokens kept of a text. None: all the tokenizer allows.
         source: What the training set is called, for the record.
         **fields: Of `BudgetFormerConfig`.
@@ -99,19 +132,18 @@ def train_classifier(
         took, with asking the teacher) and "stage_one_seconds".
 
     Raises:
-        ValueError: An argument is not allowed, or labels are not what `label_names` wants or the teacher knows.
+        ValueError: An argument is not allowed, or labels are not what `label_names` wants or the checkpoint has.
     """
-    if teacher and one_stage:
-        raise ValueError(f"teacher must be None where one_stage is True, got {teacher!r}.")
+    if fine_tuned and together:
+        raise ValueError("fine_tuned and together must not both be True: what stays as it is does not learn.")
+    if load_config(checkpoint).model_type == "budgetformer" and not fine_tuned:
+        raise ValueError(
+            f"checkpoint must be a plain model, or fine_tuned already, got the BudgetFormer {checkpoint}."
+        )
     output, started = Path(str(arguments.output_dir)), time.perf_counter()
     resumed = arguments.resume_from_checkpoint
-    if resumed and not one_stage:
-        teacher = teacher or str(output / "teacher")
-    if load_config(checkpoint).model_type == "budgetformer" and not (teacher or one_stage):
-        raise ValueError(f"checkpoint must be a plain model for stage one, got the BudgetFormer {checkpoint}.")
-    names = label_names(train) if teacher is None else [x for _, x in sorted(load_config(teacher).id2label.items())]
-    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {x: i for i, x in enumerate(names)}}
-    labels["problem_type"] = "single_label_classification"
+    teacher = load_trained(checkpoint, arguments.device) if fine_tuned else None
+    labels = _check_labels(checkpoint, train, fine_tuned, new_head)
     config, strange = BudgetFormerConfig.from_pretrained(checkpoint, return_unused_kwargs=True, **labels, **fields)
     if strange:
         raise ValueError(f"fields must be those of BudgetFormerConfig, got {sorted(strange)}.")
@@ -126,28 +158,31 @@ def train_classifier(
         trainer = Trainer(
             model, own, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer, compute_metrics=_accuracy
         )
-        if getattr(model.base_model, "own_budget", None) is not None:
-            BudgetCallback().attach(trainer)
+        if model.config.model_type == "budgetformer":
+            BudgetCallback(order=not together).attach(trainer)
         trainer.train(resume_from_checkpoint=resumed)
         metrics = {} if held_out is None else trainer.evaluate()
         trainer.save_model()
         trainer.accelerator.wait_for_everyone()  # or another process would load what is not there yet
         return trainer, metrics
 
-    start = checkpoint
-    if not (teacher or one_stage):
-        set_seed(arguments.seed)
-        run(AutoModelForSequenceClassification.from_pretrained(checkpoint, **labels), rows, output / "teacher")
-        start = teacher = str(output / "teacher")
+    start, head = checkpoint, {"ignore_mismatched_sizes": new_head}
+    if not (fine_tuned or together):
+        start = str(output / "teacher")
+        if not resumed:
+            set_seed(arguments.seed)
+            stock = AutoModelForSequenceClassification.from_pretrained(checkpoint, **labels, **head)
+            run(stock, rows, output / "teacher")
     between = time.perf_counter()
-    if teacher:
-        rows = add_teacher_logits(rows, teacher, tokenizer)
+    if not together:
+        rows = add_teacher_logits(rows, teacher or load_trained(start, arguments.device), tokenizer)
+        fields = {"freeze_full": True, **fields}
     set_seed(arguments.seed)
-    model = BudgetFormerForSequenceClassification.from_pretrained(start, **labels, **fields)
+    model = BudgetFormerForSequenceClassification.from_pretrained(start, **labels, **head, **fields)
     trainer, metrics = run(model, rows, output)
     found = {
         "base_model": checkpoint,
-        "teacher": teacher,
+        "teacher": None if together else start,
         "dataset": source,
         "rows": len(train),
         "max_length": max_length,
