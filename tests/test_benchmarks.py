@@ -13,26 +13,15 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import calibrate
 import level_model
 import measure
 import report
 import run
 
-from hf_budgetformer.attention import EXECUTORS
+from hf_budgetformer import BudgetFormerForSequenceClassification
 
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 32}
-BLOCK = {
-    "level": "block",
-    "title": "Tiny block",
-    "sizes": {"tiny": {"hidden_size": 24, "num_attention_heads": 6}},
-    "batch": [1, 3],
-    "length": [4],
-    "open_heads": [2, 6],
-    "extra_cells": [["tiny", 2, 5]],
-    "least_seconds": 0.0,
-}
 MODEL = {
     "level": "model",
     "title": "Tiny model",
@@ -40,11 +29,7 @@ MODEL = {
     "max_length": 16,
     "batch_size": 4,
     "batches": 2,
-    "open_heads": [6, 2],
-    "sorted_open_heads": [2],
-    "static_open_heads": [2],
-    "budgets": [0.5],
-    "memory": ["ours 2"],
+    "budgets": [1.0, 0.5, 0.25],
     "latency_inputs": 3,
 }
 TRAINING = {
@@ -78,68 +63,45 @@ def check_the_frame(result):
     assert result["agreement"]["max_difference"] <= result["agreement"]["tolerance"]
 
 
-def test_a_block_is_measured_in_every_cell(measured):
-    result = measured(BLOCK)
-    check_the_frame(result)
-    cells = result["figures"]["1"]
-    assert set(cells) == {"tiny 1x4", "tiny 3x4", "tiny 2x5"}
-    assert set(cells["tiny 3x4"]) == {"stock", "2 same", "2 different", "6 same"}
-    for name in ("2 same", "2 different", "6 same"):
-        found = cells["tiny 3x4"][name]
-        assert found["ratio"]["q1"] <= found["ratio"]["median"] <= found["ratio"]["q3"]
-        assert found["chosen"] in found["executor_seconds"]
-        assert found["executor_seconds"].keys() == EXECUTORS.keys()
-    assert cells["tiny 3x4"]["6 same"]["chosen"] == "all_heads"
-
-
-def test_a_model_is_measured_with_every_variant(measured, tmp_path):
-    checkpoint = tmp_path / "checkpoint"
-    level_model.build_models({**MODEL, "seed": 3, "dtype": "float32"})[1].save_pretrained(checkpoint)
-    result = measured(MODEL, "--checkpoint", str(checkpoint))
+def test_a_model_is_measured_in_every_way(measured):
+    result = measured(MODEL)
     check_the_frame(result)
     assert result["data"]["name"] == "texts.txt"
     figures = result["figures"]
-    assert figures["heads"]["ours 6"] == 1.0
-    assert figures["heads"]["ours 2"] == pytest.approx(2 / 6)
-    assert figures["flops_ratio"]["ours 2"] < figures["flops_ratio"]["ours 6"] < 1.0
-    assert figures["peak_memory_mib"]["ours 2"]["peak"] >= figures["peak_memory_mib"]["ours 2"]["loaded"] > 0
-    assert figures["tokens"]["real"] <= figures["tokens"]["padded_sorted"] <= figures["tokens"]["padded"]
-    found = figures["1"]
-    names = ["stock", "stock sorted", "ours 6", "ours 2", "ours 2 sorted", "static 2", "learned 0.5"]
-    assert list(found["variants"]) == names
-    assert found["latency_ms"].keys() == {name for name in names if "sorted" not in name}
-    assert 0 < found["router_share"]["median"] < 1
+    assert figures["tokens"]["real"] <= figures["tokens"]["padded"]
+    ways = ["stock", "ours 1", "ours 1/2", "ours 1/4", "looks 1/6, all for 10%", "looks 1/6, all for 20%", "cut 1/4"]
+    assert list(figures["1"]["latency_ms"]) == ways
+    assert list(figures["1"]["ways"]) == [*ways, "stock sorted", "ours 1/4 sorted"]
+    for found in figures["1"]["ways"].values():
+        assert found["ratio"]["q1"] <= found["ratio"]["median"] <= found["ratio"]["q3"]
+    assert 1 / 6 <= figures["spent"]["10%"] <= figures["spent"]["20%"]
 
 
-def test_what_is_patched_for_a_variant_is_put_back():
-    _, ours = level_model.build_models({**MODEL, "seed": 0, "dtype": "float32"})
-    batch = {"input_ids": torch.arange(5, 13).view(2, 4)}
-    with torch.no_grad():
-        before = ours(**batch, output_head_gates=True).head_gates
-        [got] = level_model.Variant(ours, count=2)([batch], output_head_gates=True)
-        assert (got.head_gates.sum(-1) == 2).all()
-        level_model.router_share(level_model.Variant(ours), [batch])
-        assert torch.equal(ours(**batch, output_head_gates=True).head_gates, before)
-    assert not any("_choose" in vars(layer.router) or layer.router._forward_hooks for layer in ours.bert.encoder.layer)
-
-
-def test_training_steps_are_measured(measured):
+def test_training_steps_are_measured_with_the_full_model_learning_and_frozen(measured):
     result = measured(TRAINING)
     check_the_frame(result)
     cells = result["figures"]["1"]
     assert set(cells) == {"docstrings float32", "docstrings bfloat16"}
-    assert cells["docstrings float32"]["ratio"]["median"] > 0
+    for cell in cells.values():
+        assert cell["stock"]["cost"]["median"] == 1.0
+        for way in ("learning", "frozen"):
+            assert cell[way]["cost"]["q1"] <= cell[way]["cost"]["median"]
+            assert cell[way]["seconds_per_step"]["median"] > 0
 
 
-@pytest.mark.parametrize("settings", [BLOCK, MODEL, TRAINING])
+@pytest.mark.parametrize("settings", [MODEL, TRAINING], ids=lambda settings: settings["level"])
 def test_what_disagrees_is_not_timed(measured, monkeypatch, settings):
-    attend = EXECUTORS["all_heads"]
-    for name, executor in EXECUTORS.items():
-        monkeypatch.setitem(EXECUTORS, name, lambda *arguments, run=executor: run(*arguments) + 0.1)
-    wrong = lambda *arguments: attend(*arguments) + torch.linspace(0, 1, 24)  # noqa: E731
-    monkeypatch.setattr("hf_budgetformer.attention.attend_all_heads", wrong)
+    answer = BudgetFormerForSequenceClassification.forward
+
+    def wrong(self, *given, **options):
+        outputs = answer(self, *given, **options)
+        if options.get("executor") == "masked":
+            outputs.logits = outputs.logits + 0.1
+        return outputs
+
+    monkeypatch.setattr(BudgetFormerForSequenceClassification, "forward", wrong)
     timed = []
-    for module in (run.level_block, run.level_model, run.level_training):
+    for module in (run.level_model, run.level_training):
         monkeypatch.setattr(module, "interleave", lambda *arguments: timed.append(arguments))
     with pytest.raises(SystemExit, match=r"differs by .* from the reference"):
         measured(settings)
@@ -152,25 +114,23 @@ def test_not_a_number_disagrees():
 
 
 def test_a_result_that_is_there_is_not_measured_again(measured, capsys):
-    measured(BLOCK)
+    measured(MODEL)
     capsys.readouterr()
-    measured(BLOCK, "--resume")
+    measured(MODEL, "--resume")
     assert "there already" in capsys.readouterr().out
-    measured({**BLOCK, "seed": 1}, "--resume")
+    measured({**MODEL, "seed": 1}, "--resume")
     assert "there already" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({**BLOCK, "level": "layer"}, r"level must be one of .*, got 'layer'"),
-        ({**BLOCK, "lengths": [3]}, r"unknown settings \['lengths'\]"),
-        ({**BLOCK, "batch": 3}, r"batch must be a list, got 3"),
-        ({**BLOCK, "repeats": 0}, r"repeats must be >= 1, got 0"),
-        ({**BLOCK, "threads": []}, r"threads must be numbers >= 1"),
-        ({**BLOCK, "dtype": "int8"}, r"dtype must be one of .*, got 'int8'"),
-        ({**BLOCK, "extra_cells": [["huge", 1, 1]]}, r"size must be one of \['tiny'\], got 'huge'"),
-        ({**MODEL, "open_heads": [7]}, r"open_heads must be numbers in \[1, 6\]"),
+        ({**MODEL, "level": "layer"}, r"level must be one of .*, got 'layer'"),
+        ({**MODEL, "lengths": [3]}, r"unknown settings \['lengths'\]"),
+        ({**MODEL, "budgets": 3}, r"budgets must be a list, got 3"),
+        ({**MODEL, "repeats": 0}, r"repeats must be >= 1, got 0"),
+        ({**MODEL, "threads": []}, r"threads must be numbers >= 1"),
+        ({**MODEL, "dtype": "int8"}, r"dtype must be one of .*, got 'int8'"),
         ({**MODEL, "batches": 100}, r"400 texts are needed, there are 40"),
         ({**TRAINING, "cells": [{"length": 3}]}, r"unknown settings \['length'\] in cells"),
     ],
@@ -189,49 +149,46 @@ def test_missing_files_are_named(tmp_path):
         run.main([str(path), "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"there is no ag_news/test.parquet"):
         run.main([str(path), "--output", str(tmp_path), "--data", str(tmp_path)])
-    with pytest.raises(SystemExit, match="there are no results"):
-        report.main([str(tmp_path), str(tmp_path)])
 
 
 def test_every_experiment_has_valid_settings_and_every_target_a_source():
-    paths = [*BENCHMARKS.glob("experiments/*.json"), *BENCHMARKS.glob("experiments/quick/*.json")]
-    assert len(paths) == 12
-    assert all(run.read_settings(path)["repeats"] >= 7 for path in paths)
-    stems = {path.stem for path in paths}
-    assert {target["result"] for target in json.loads((BENCHMARKS / "targets.json").read_text())} <= stems
+    settings = {path.stem: run.read_settings(path) for path in BENCHMARKS.glob("experiments/*.json")}
+    assert all(x["repeats"] >= 7 for x in settings.values())
+    for path in BENCHMARKS.glob("experiments/quick/*.json"):
+        assert run.read_settings(path)["level"] in run.LEVELS
+    for target in json.loads((BENCHMARKS / "targets.json").read_text()):
+        threads, kind, name, *_ = target["path"]
+        source = settings[target["result"]]
+        assert int(threads) in source["threads"]
+        if source["level"] == "training":
+            assert kind in {f"{cell['data']} float32" for cell in source["cells"]}
+        else:
+            ways = [f"ours {level_model.name_of(budget)}" for budget in source["budgets"]]
+            looks = f"looks {level_model.name_of(source['first_look'])}, all for "
+            assert name in [*ways, *(f"{looks}{share:.0%}" for share in source["doubted"])]
 
 
 def test_the_report_shows_results_and_nothing_else(measured, tmp_path):
-    for settings in (BLOCK, {**MODEL, "budgets": [], "memory": []}, TRAINING):
-        result = measured(settings)
-    result["figures"]["2"] = {"imdb float32": {"ratio": {"median": 1.234567}}}  # what a target asks for
+    measured(MODEL)
+    result = measured(TRAINING)
+    frozen = {"cost": {"median": 0.123}}  # what a target asks for
+    result["figures"]["2"] = {"ag_news float32": {"frozen": frozen}}
     (tmp_path / "results" / "training.json").write_text(json.dumps(result))
-    (tmp_path / "results" / "calibration.json").write_text("{}")
+    (tmp_path / "results" / "other.json").write_text("{}")
     report.main([str(tmp_path / "results"), str(tmp_path / "report")])
     text = (tmp_path / "report" / "README.md").read_text()
-    for found in ("## Tiny block", "## Tiny model", "## Tiny steps", "| ours 2 |", "| 6 same |", "docstrings bfloat16"):
+    for found in ("## Tiny model", "## Tiny steps", "| ours 1/4 |", "| cut 1/4 |", "docstrings bfloat16"):
         assert found in text
-    assert "| training step, imdb float32 | 1.23 | >= 1 | yes |" in text
+    assert "| training step over stock's, AG News, full model frozen | 0.12 | <= 0.3 | yes |" in text
     assert text.count("| yes |") + text.count("| no |") == 1
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"README.md", "block.png", "model.png"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"README.md", "models.png"}
 
 
-def test_calibration_finds_constants_and_judges_their_choices():
-    grid = {**calibrate.GRID, "width": (24,), "batch": (1, 4), "lengths": ("4", "2-9"), "open_heads": (2, 10)}
-    before = calibrate.attention._COSTS
-    result = calibrate.calibrate(grid, [1], repeats=1, longest=40)
-    assert before == calibrate.attention._COSTS
-    assert len(result["costs"]) == len(before)
-    assert all(cost >= 0 for cost in result["costs"])
-    assert all(case["chosen"] in EXECUTORS for case in result["cases"])
-    assert 0 <= result["share_losing_3_percent"] <= 1
-    json.dumps(result)
+def test_the_report_says_that_there_is_nothing_yet(tmp_path):
+    report.main([str(tmp_path / "none"), str(tmp_path / "report")])
+    assert "no measurements of speed yet" in (tmp_path / "report" / "README.md").read_text()
 
 
-def test_the_fit_recovers_constants_and_keeps_them_from_going_negative():
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.rand(50, 3, generator=generator, dtype=torch.float64)
-    for truth in ([3.0, 0.5, 20.0], [3.0, 0.0, 1.0]):
-        targets = rows @ torch.tensor(truth, dtype=torch.float64)
-        assert calibrate.fit(rows.tolist(), targets.tolist()) == pytest.approx(truth, abs=1e-6)
-    assert min(calibrate.fit(rows.tolist(), (rows @ torch.tensor([9.0, -1.0, 9.0]).double()).abs().tolist())) >= 0
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
+    path = report.write_report(BENCHMARKS / "results", tmp_path)
+    assert path.read_text() == (BENCHMARKS / "README.md").read_text()
