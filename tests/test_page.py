@@ -16,10 +16,12 @@ import torch
 import yaml
 
 from conftest import budgetformer, stock_folder
+from hf_budgetformer.budgets import FULL_LOOK
 from hf_budgetformer.tools import page
-from hf_budgetformer.tools.baselines import prune
 from hf_budgetformer.tools.evaluation import BudgetResult, Evaluation
-from hf_budgetformer.tools.profiling import profile
+from hf_budgetformer.tools.narrowing import cut
+from hf_budgetformer.tools.results import save_result
+from hf_budgetformer.tools.tuning import calibrate_margins
 
 
 ROOT = Path(__file__).parent.parent
@@ -28,11 +30,14 @@ NAMES = {0: "first", 1: "<i>second</i>", 2: "third"}
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(texts, tokenizer):
+    """Doubts about half of its first looks."""
     torch.manual_seed(0)  # the seed of conftest is for one test
     model = budgetformer("bert")
     model.config.id2label = NAMES
     model.config.label2id = {name: number for number, name in NAMES.items()}
+    calibrate_margins(model, [tokenizer(texts["text"][:], padding=True, return_tensors="pt")])
+    model.config.looks, model.config.confidence = [0.125, 1.0], [model.config.margins["quantiles"][50]]
     return model
 
 
@@ -42,12 +47,11 @@ def checkpoint(tmp_path_factory, model, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     results = [
-        BudgetResult(1.0, 54, 0.9, (0.8, 0.95), 1.0, [1.0] * 3),
-        BudgetResult(0.25, 48, 0.8, (0.68, 0.88), 0.26, [0.26] * 3),
-        BudgetResult(None, 51, 0.85, (0.74, 0.92), 0.5, [0.5] * 3),
+        BudgetResult(1.0, 54, 0.9, (0.8, 0.95), 1.0, 1.0),
+        BudgetResult(0.25, 48, 0.8, (0.68, 0.88), 0.9, 0.24),
+        BudgetResult(None, 51, 0.85, (0.74, 0.92), 0.95, 0.5),
     ]
-    (folder / "budgetformer").mkdir()
-    (folder / "budgetformer" / "evaluation.json").write_text(json.dumps(Evaluation(60, results, {}, {}).to_dict()))
+    save_result(folder, "evaluation", Evaluation(60, results, {}, {}).to_dict(), "me/teapots", "test", 60)
     return folder
 
 
@@ -55,38 +59,84 @@ def escaped(label):
     return NAMES[label].replace("<", "&lt;").replace(">", "&gt;")
 
 
-@pytest.mark.parametrize("budget", [None, 0.5, 1.0])
-def test_a_text_is_shown_with_the_label_heads_and_flops_that_the_model_gives(model, tokenizer, budget):
-    text = "w1 w12 w3 w24"
-    batch = tokenizer(text, return_tensors="pt")
+def looks_of(shown):
+    """What the page says of each look: its name, whether it was asked, and the rest."""
+    found = re.findall(r'<section class="bf-look( idle)?"><h3>(.*?)</h3><p class="bf-note">(.*?)</p>', shown)
+    return [(name, not idle, told) for idle, name, told in found]
+
+
+def ask(model, tokenizer, *text, **options):
     with torch.no_grad():
-        out = model(**batch, head_budget=budget, output_head_gates=True)
-    [probability], [label] = (x.tolist() for x in out.logits.softmax(-1).max(-1))
-    shown = page.show_text(model, tokenizer, text, budget)
-    assert f'<p class="bf-label"><b>{escaped(label)}</b> {probability:.0%}</p>' in shown
-    assert f"<dt>Heads</dt><dd>{out.head_budget.item():.0%}</dd><dd>{int(out.head_gates.sum())} of 12</dd>" in shown
-    assert f"<dt>FLOPs</dt><dd>{profile(model, batch, budget).ratio:.0%}</dd>" in shown
-    assert re.search(r"<dt>Time</dt><dd>\d+%</dd><dd>[\d.]+ of [\d.]+ ms</dd>", shown)
-    full = model(**batch, head_budget=1.0).logits.argmax().item()
-    assert f"All heads say <b>{escaped(full)}</b>" in shown
+        return model(**tokenizer(*text, truncation=True, return_tensors="pt"), **options)
 
 
-def test_the_picture_also_says_in_words_which_heads_are_open():
-    drawn = page.draw_heads(torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
-    assert 'role="img" aria-label="Open heads of 4, layer 1: 1, 3; layer 2: 4"' in drawn
-    assert (drawn.count('class="open"'), drawn.count('class="closed"')) == (3, 5)
-    assert ">2/4<" in drawn
-    assert ">1/4<" in drawn
+@pytest.mark.parametrize("budget", [None, 0.125, 0.6, 1.0])
+def test_a_text_is_shown_with_what_the_model_says_and_spends(model, tokenizer, texts, budget):
+    asked = {} if budget is None else {"budget": budget}
+    first, counted = page.plan_call(model, budget), []
+    for text in texts["text"][:12]:
+        out = ask(model, tokenizer, text, **asked)
+        [probability], [label] = (x.tolist() for x in out.logits.softmax(-1).max(-1))
+        shown = page.show_text(model, tokenizer, text, budget)
+        assert shown.startswith(f'<p class="bf-label"><b>{escaped(label)}</b> {probability:.0%}</p>')
+        assert f"<dt>Budget spent</dt><dd>{out.budget.item():.0%}</dd>" in shown
+        assert re.search(r"<dt>Time</dt><dd>\d+%</dd><dd>[\d.]+ of [\d.]+ ms</dd>", shown)
+        full = ask(model, tokenizer, text, budget=1.0).logits.argmax().item()
+        same = "same label" if full == label else "another label"
+        assert f"<dt>Full model</dt><dd>{same}</dd><dd><b>{escaped(full)}</b>" in shown
+        looks = looks_of(shown)
+        assert [name for name, *_ in looks][-1] == "Full model"
+        spent = sum(look.cost for look, (_, taken, _) in zip([*first.looks, FULL_LOOK], looks, strict=False) if taken)
+        assert spent == pytest.approx(out.budget.item())
+        counted.append(sum(taken for _, taken, _ in looks))
+    assert set(counted) == ({1, 2} if len(first.looks) == 2 else {1})
 
 
-@pytest.mark.parametrize(
-    ("times", "budget", "told"), [((1.0, 1.0), 0.5, 1), ((0.5, 1.0), 0.5, 0), ((1.0, 1.0), 1.0, 0)]
-)
-def test_where_no_time_is_saved_the_page_says_so(model, tokenizer, monkeypatch, times, budget, told):
-    monkeypatch.setattr(page, "_time_in_turn", lambda *arguments, **options: times)
-    shown = page.show_text(model, tokenizer, "w1 w2 w3", budget)
-    assert shown.count("No time is saved") == told
-    assert f"<dt>Time</dt><dd>{times[0]:.0%}</dd>" in shown
+def test_each_look_is_shown_with_what_it_said_its_margin_and_its_time(model, tokenizer, texts):
+    plan, doubted = page.plan_call(model, None), set()
+    for text in texts["text"][:12]:
+        (name, asked, told), (_, full_asked, full_told) = looks_of(page.show_text(model, tokenizer, text, None))
+        shares = ask(model, tokenizer, text, budget=0.125).logits.softmax(-1)[0].sort(descending=True)
+        margin = (shares.values[0] - shares.values[1]).item()
+        doubt = margin < plan.thresholds[0]
+        assert (name, asked, full_asked) == (f"Look 1, {plan.looks[0].cost:.0%} of the work", True, doubt)
+        assert re.match(
+            rf"<b>{re.escape(escaped(shares.indices[0].item()))}</b> {shares.values[0]:.0%}, [\d.]+ ms", told
+        )
+        assert f"Margin {margin:.2f}. {plan.thresholds[0]:.2f} was asked for" in told
+        assert told.endswith("in doubt, look on." if doubt else "this is the answer.")
+        assert full_told.endswith("This is the answer." if doubt else "Not asked: no need.")
+        doubted.add(doubt)
+    assert doubted == {True, False}
+
+
+def test_before_training_the_full_model_answers_alone(tokenizer):
+    untrained = budgetformer("bert", trained=False)
+    [(name, asked, told)] = looks_of(page.show_text(untrained, tokenizer, "w1 w2", None))
+    assert (name, asked) == ("Full model", True)
+    assert told.endswith("This is the answer.")
+
+
+def test_the_picture_also_says_in_words_what_is_open(model):
+    look = model.narrow.order.look(0.25)
+    drawn = page.draw_look(model, look)
+    blocks = [round(neurons / 6) for neurons in look.counts.neurons]  # of 24 neurons in 4 blocks
+    told = "; ".join(f"layer {n + 1}: {look.counts.heads[n]} and {blocks[n]}" for n in range(3))
+    assert f'role="img" aria-label="Open of 4 heads and 4 feed-forward blocks, {told}"' in drawn
+    opened = sum(look.counts.heads) + sum(blocks)
+    assert (drawn.count('class="open"'), drawn.count('class="closed"')) == (opened, 24 - opened)
+    assert 0 < opened < 24
+    assert page.draw_look(model, FULL_LOOK).count('class="open"') == 24
+
+
+def test_time_is_that_of_every_way_which_go_first_in_turn(model, tokenizer, monkeypatch):
+    batch, calls, forward = tokenizer("w1", return_tensors="pt"), [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: (calls.append(given["budget"]), forward(**given))[1])
+    clock = iter([0.0, 1.0, 1.0, 4.0, 4.0, 9.0, 9.0, 10.0])  # 1 and 3 seconds, then 5 and 1 the other way round
+    monkeypatch.setattr(page.time, "perf_counter", lambda: next(clock))
+    with torch.no_grad():
+        assert page.time_in_turn(model, batch, [{"budget": 0.125}, {"budget": 1.0}], 2) == [1.0, 4.0]
+    assert calls == [0.125, 1.0, 1.0, 0.125]
 
 
 def test_a_text_that_is_empty_or_far_too_long_is_refused_and_a_long_one_cut(model, tokenizer):
@@ -97,28 +147,34 @@ def test_a_text_that_is_empty_or_far_too_long_is_refused_and_a_long_one_cut(mode
             page.show_text(model, tokenizer, text, None)
 
 
+def test_a_budget_that_the_model_cannot_spend_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="calibrate_margins"):
+        page.show_text(budgetformer("bert"), tokenizer, "w1", 0.5)
+
+
 @pytest.mark.parametrize("columns", [("text",), ("text", "text_pair")])
 def test_a_files_table_is_what_the_model_says_of_each_row_alone(model, tokenizer, texts, monkeypatch, columns):
-    monkeypatch.setattr(page, "_BATCH", 5)
+    monkeypatch.setattr(page, "BATCH", 5)
     table, told = {name: [f"{text} w{place}" for text in texts["text"][:12]] for place, name in enumerate(columns)}, []
-    shown, content = page.show_texts(model, tokenizer, table, 0.5, told.append)
+    shown, content = page.show_texts(model, tokenizer, table, None, told.append)
     rows = list(csv.DictReader(io.StringIO(content)))
-    assert list(rows[0]) == [*columns, "label", "score", "heads"]
+    assert list(rows[0]) == [*columns, "label", "score", "budget"]
     spent, same = [], 0
     for place, row in enumerate(rows):
         given = [table[name][place] for name in columns]
-        batch = tokenizer(*given, truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            out, full = model(**batch, head_budget=0.5), model(**batch, head_budget=1.0)
+        out, full = (ask(model, tokenizer, *given, **way) for way in ({}, {"budget": 1.0}))
         assert [row[name] for name in columns] == given
         assert row["label"] == NAMES[out.logits.argmax().item()]
         assert float(row["score"]) == pytest.approx(out.logits.softmax(-1).max().item(), abs=1e-3)
-        assert float(row["heads"]) == pytest.approx(out.head_budget.item(), abs=1e-3)
-        spent.append(out.head_budget.item())
+        assert float(row["budget"]) == pytest.approx(out.budget.item(), abs=1e-3)
+        spent.append(out.budget.item())
         same += int(out.logits.argmax() == full.logits.argmax())
-    assert f"<dt>Heads</dt><dd>{sum(spent) / 12:.0%}</dd><dd>mean of 12 texts</dd>" in shown
+    went_on = sum(share > 1.0 for share in spent)
+    assert went_on
+    assert f"<dt>Went on</dt><dd>{went_on / 12:.0%}</dd><dd>{went_on} of 12 texts" in shown
+    assert f"<dt>Budget spent</dt><dd>{sum(spent) / 12:.0%}</dd>" in shown
     assert f"<dt>Same label</dt><dd>{same / 12:.0%}</dd>" in shown
-    assert re.search(r"<dt>Time saved</dt><dd>-?\d+%</dd><dd>[\d.]+ s, all heads [\d.]+ s</dd>", shown)
+    assert re.search(r"<dt>Time</dt><dd>[\d.]+ s</dd><dd>full model [\d.]+ s</dd>", shown)
     assert told == pytest.approx([5 / 12, 10 / 12, 1.0])
 
 
@@ -163,23 +219,38 @@ def test_a_bad_file_is_named_without_its_place_on_the_server(tmp_path, name, con
     assert "--column" not in str(caught.value)
 
 
-def test_the_curve_is_drawn_with_its_table_or_the_page_says_how_to_make_one(checkpoint, tmp_path):
-    shown = page.show_curve(str(checkpoint))
+def test_the_curve_is_drawn_with_its_table_and_data_or_the_page_says_how_to_make_one(checkpoint, tmp_path):
+    shown = page.show_curves(str(checkpoint))
     assert '<img class="bf-curve" src="data:image/png;base64,iVBOR' in shown
-    assert re.search(r"own +85\.0% ", shown)
-    assert f"<code>budgetformer evaluate {tmp_path} DATA</code>" in page.show_curve(str(tmp_path))
+    assert re.search(r"plain +85\.0% ", shown)
+    assert "On 60 rows of me/teapots, test." in shown
+    assert "OUT OF DATE" not in shown
+    for nothing in (str(tmp_path), "me/not-in-the-cache"):
+        assert f"<code>budgetformer evaluate {nothing} DATA</code>" in page.show_curves(nothing)
 
 
-def test_only_a_classifier_that_chooses_its_heads_is_taken(checkpoint, tokenizer, tmp_path, monkeypatch):
+def test_a_curve_of_other_weights_is_marked(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "changed")
+    budgetformer("bert").save_pretrained(tmp_path / "changed")
+    assert "OUT OF DATE" in page.show_curves(str(tmp_path / "changed"))
+
+
+def test_only_a_classifier_that_looks_twice_is_taken(checkpoint, tokenizer, tmp_path, monkeypatch):
     loaded, _ = page.load_checkpoint(str(checkpoint))
     assert not loaded.training
-    static, regression = prune(budgetformer("bert"), [[0], [1], [2]]), budgetformer("bert", num_labels=1)
-    for name, other in (("static", static), ("regression", regression)):
+    others = {
+        "cut": (cut(budgetformer("bert"), 0.25), "one that was cut"),
+        "routed": (budgetformer("bert", router="layer"), "router='layer'"),
+        "regression": (budgetformer("bert", num_labels=1), "num_labels=1"),
+    }
+    for name, (other, message) in others.items():
         other.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    stock_folder("bert", tmp_path / "stock")
-    for name, message in (("static", "static"), ("regression", "num_labels=1"), ("stock", "bert"), ("none", "none")):
         with pytest.raises(ValueError, match=message):
+            page.load_checkpoint(str(tmp_path / name))
+    stock_folder("bert", tmp_path / "stock")
+    for name in ("stock", "none"):
+        with pytest.raises(ValueError, match=name):
             page.load_checkpoint(str(tmp_path / name))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"no demo-output: run `make demo`.*budgetformer page CHECKPOINT"):
@@ -214,7 +285,7 @@ def wait(browser, condition):
 
 
 def pictures(browser):
-    return [picture.get_attribute("aria-label") for picture in find(browser, ".bf-heads")]
+    return [picture.get_attribute("aria-label") for picture in find(browser, ".bf-units")]
 
 
 def button(browser, text):
@@ -273,7 +344,7 @@ def browser(server, chromium):
     """The page, loaded anew; at the end nothing went wrong in its console, and it asked nobody but its server."""
     address, _ = server
     chromium.get(address)
-    wait(chromium, lambda: len(pictures(chromium)) == 2)
+    wait(chromium, lambda: pictures(chromium))
     yield chromium
     assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []
     sent = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
@@ -288,57 +359,61 @@ def open_file(browser, path):
     browser.find_element("css selector", "input[type=file]").send_keys(str(path))
 
 
+def type_text(browser, text):
+    [box] = find(browser, "textarea")
+    box.clear()
+    box.send_keys(text)
+    button(browser, "Classify").click()
+
+
+def spent(browser):
+    return find(browser, ".bf-figures dd")[0].text
+
+
 @pytest.mark.browser
 def test_the_page_classifies_what_is_typed(browser, model, tokenizer):
-    left, right = find(browser, "textarea")
-    for box, text in ((left, "w1 w2 w3"), (right, "w21 w22 w23 w24 w25")):
-        box.clear()
-        box.send_keys(text)
-    button(browser, "Classify").click()
-    wanted = []
     for text in ("w1 w2 w3", "w21 w22 w23 w24 w25"):
-        with torch.no_grad():
-            out = model(**tokenizer(text, return_tensors="pt"))
-        probability, number = out.logits.softmax(-1)[0].max(-1)
-        wanted.append(f"{NAMES[number.item()]} {probability:.0%}")
-    wait(browser, lambda: [label.text for label in find(browser, ".bf-label")] == wanted)
+        type_text(browser, text)
+        probability, number = ask(model, tokenizer, text).logits.softmax(-1)[0].max(-1)
+        wanted = f"{NAMES[number.item()]} {probability:.0%}"
+        wait(browser, lambda wanted=wanted: [label.text for label in find(browser, ".bf-label")] == [wanted])
 
 
 @pytest.mark.browser
-def test_the_slider_changes_the_picture_and_the_check_box_brings_the_own_budget_back(browser):
+def test_the_slider_changes_what_is_spent_and_the_check_box_brings_the_plain_call_back(browser, model):
     from selenium.webdriver.common.keys import Keys
 
-    own = pictures(browser)
+    plain, pictured = spent(browser), pictures(browser)
     [slider], [box] = find(browser, "input[type=range]"), find(browser, "input[type=checkbox]")
     slider.send_keys(Keys.HOME)
-    wait(
-        browser,
-        lambda: [figure.text for figure in find(browser, ".bf-figures dd:nth-child(3)")][::3] == ["3 of 12"] * 2,
-    )
-    assert pictures(browser) != own
+    least = model.narrow.order.look(float(slider.get_attribute("min")) / 100)
+    wait(browser, lambda: spent(browser) == f"{least.cost:.0%}")
+    assert pictures(browser) != pictured
     assert not box.is_selected()
+    slider.send_keys(Keys.END)
+    wait(browser, lambda: spent(browser) == "100%")
+    assert len(pictures(browser)) == 1
     box.send_keys(Keys.SPACE)
-    wait(browser, lambda: pictures(browser) == own)
+    wait(browser, lambda: (spent(browser), pictures(browser)) == (plain, pictured))
 
 
 @pytest.mark.browser
-def test_a_pair_is_picked_and_what_is_typed_stays_when_the_list_is_only_passed(browser):
+def test_a_text_is_picked_and_what_is_typed_stays_when_the_list_is_only_passed(browser):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
     def typed():
-        return tuple(box.get_attribute("value") for box in find(browser, "textarea"))
+        return box.get_attribute("value")
 
-    [pick], [left, right] = find(browser, "input[role=combobox]"), find(browser, "textarea")
-    _, second, *_ = page.EXAMPLES.values()
+    [pick], [box] = find(browser, "input[role=combobox]"), find(browser, "textarea")
     pick.send_keys(Keys.ARROW_DOWN, Keys.ENTER)
-    wait(browser, lambda: typed() == second)
-    left.send_keys(" w1")
+    wait(browser, lambda: typed() == page.EXAMPLES[1])
+    box.send_keys(" w1")
     ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).send_keys(Keys.TAB).perform()
-    right.send_keys(" w2", Keys.SHIFT, Keys.ENTER)
+    box.send_keys(" w2", Keys.SHIFT, Keys.ENTER)
     before = find(browser, ".bf-figures")[0].text
     wait(browser, lambda: find(browser, ".bf-figures")[0].text != before)
-    assert typed() == (f"{second[0]} w1", f"{second[1]} w2")
+    assert typed() == f"{page.EXAMPLES[1]} w1 w2"
 
 
 @pytest.mark.browser
@@ -347,31 +422,23 @@ def test_everything_is_reached_by_tab_in_order_and_has_a_name(browser):
     from selenium.webdriver.common.keys import Keys
 
     reached = []
-    for _ in range(10):
+    for _ in range(9):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         reached.append(browser.switch_to.active_element.accessible_name)
-    wanted = [
-        "The model's own budget",
-        "number .* share",
-        "range .* share",
-        "Texts",
-        "File",
-        "Accuracy",
-        "Pick two texts",
-    ]
-    wanted += ["Text 1", "Text 2", "Classify"]
+    wanted = ["Plain call", "number .* budget", "range .* budget", "Text", "File", "Accuracy", "Pick a text", "Text"]
+    wanted += ["Classify"]
     assert all(map(re.match, wanted, reached)), "; ".join(reached)
 
 
 @pytest.mark.browser
-def test_a_file_is_classified_run_again_and_saved(browser, tmp_path, texts):
+def test_a_file_is_classified_run_again_and_saved(browser, model, tmp_path, texts):
     from selenium.webdriver.common.keys import Keys
 
     (tmp_path / "texts.csv").write_text("text\n" + "\n".join(texts["text"][:20]) + "\n")
     open_file(browser, tmp_path / "texts.csv")
     wait(browser, lambda: find(browser, ".bf-scroll tbody tr"))
     assert len(find(browser, ".bf-scroll tbody tr")) == 20
-    assert "mean of 20 texts" in find(browser, ".bf-figures")[0].text
+    assert "of 20 texts" in find(browser, ".bf-figures")[0].text
     saved = browser.downloads / "predictions.csv"
 
     def save():
@@ -388,8 +455,9 @@ def test_a_file_is_classified_run_again_and_saved(browser, tmp_path, texts):
     slider.send_keys(Keys.HOME)
     wait(browser, lambda: not find(browser, "input[type=checkbox]")[0].is_selected())
     button(browser, "Run again at the budget above").click()
-    wait(browser, lambda: find(browser, ".bf-figures")[0].text.startswith("Heads\n25%"))
-    assert {row["heads"] for row in save()} == {"0.250"}
+    wait(browser, lambda: find(browser, ".bf-figures")[0].text.startswith("Went on\n0%"))
+    least = model.narrow.order.look(float(slider.get_attribute("min")) / 100)
+    assert {row["budget"] for row in save()} == {f"{least.cost:.3f}"}
 
 
 @pytest.mark.browser
@@ -428,12 +496,12 @@ def test_nothing_is_wider_than_a_phone(browser, scheme):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", preferred)
     try:
         browser.refresh()
-        wait(browser, lambda: len(pictures(browser)) == 2)
-        for name in ("File", "Accuracy", "Texts"):
+        wait(browser, lambda: pictures(browser))
+        for name in ("File", "Accuracy", "Text"):
             button(browser, name).click()
             assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-        assert all(picture.size["width"] > 250 for picture in find(browser, ".bf-heads"))
-        assert find(browser, "label:has(input[type=checkbox])")[0].size["height"] < 40
+        assert all(picture.size["width"] > 200 for picture in find(browser, ".bf-units"))
+        assert find(browser, "label:has(input[type=checkbox])")[0].size["height"] < 60
         assert bool(find(browser, ".dark")) == (scheme == "dark")
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -444,10 +512,8 @@ def test_nothing_is_wider_than_a_phone(browser, scheme):
 def test_nothing_typed_or_uploaded_stays_on_disk(browser, server, tmp_path):
     _, folder = server
     secret = "verysecretword"
-    [left, _] = find(browser, "textarea")
-    left.send_keys(f" {secret}")
     before = find(browser, ".bf-figures")[0].text
-    button(browser, "Classify").click()
+    type_text(browser, f"w1 {secret}")
     wait(browser, lambda: find(browser, ".bf-figures")[0].text != before)
     (tmp_path / f"{secret}.csv").write_text(f"text\n{secret}\n")
     open_file(browser, tmp_path / f"{secret}.csv")

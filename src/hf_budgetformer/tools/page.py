@@ -1,58 +1,56 @@
-"""A page that shows what a checkpoint does: the heads that open for a text, what that saves, and a file at a time."""
+"""A page that shows what a checkpoint does: what each look at a text opens, says and takes; and a file at a time."""
 
 import base64
 import csv
 import io
-import json
 import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
+from huggingface_hub import snapshot_download
 
-from .data import batches_by_length, check_single_label, load_classifier, read_rows
+from ..budgets import FULL_LOOK, Look, Plan, confidence, plan_budget, plan_looks
+from .batching import batches_by_length
+from .checkpoints import check_single_label, load_classifier
 from .evaluation import Evaluation
 from .plots import plot_accuracy
-from .profiling import profile
+from .results import describe_looks, read_results
+from .tables import read_rows
 
 
 DEMO_CHECKPOINT = "demo-output"
 MOST_BYTES, MOST_ROWS, MOST_CHARACTERS = 1_000_000, 1_000, 5_000
-_BATCH = 32
-# An easy text and a harder one.
-EXAMPLES = {
-    "Documentation": (
-        "Send the request to the server and read the headers of its response.",
-        "Return a proxy that is closed, unless the caller asked otherwise, once its last reader has let go of it.",
-    ),
-    "Feelings": (
-        "I am so happy today.",
-        "I was angry and a little afraid, and yet it amused me how strange that felt.",
-    ),
-    "Reviews": ("A wonderful film.", "For all its borrowed ideas it has a charm that better made films of late lack."),
-}
+BATCH = 32
+EXAMPLES = (
+    "Send the request to the server and read the headers of its response.",
+    "Return a proxy that is closed, unless the caller asked otherwise, once its last reader has let go of it.",
+    "A wonderful film.",
+    "For all its borrowed ideas it has a charm that better made films of late lack.",
+)
 _CSS = """
 .bf-label { font-size: 1.25rem; margin: 0 } .bf-note { font-size: .9rem; margin: .4rem 0 }
-.bf-figures { display: grid; grid-template-columns: repeat(3, 1fr); gap: .5rem; margin: .75rem 0; font-size: .85rem }
-.bf-figures > div { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: .4rem .6rem }
+.bf-figures, .bf-looks { display: grid; gap: .5rem; margin: .75rem 0; font-size: .85rem }
+.bf-figures { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)) }
+.bf-looks { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)) }
+.bf-figures > div, .bf-look { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: .4rem .6rem }
 .bf-figures dd { margin: 0 } .bf-figures dd:nth-child(2) { font-size: 1.25rem; font-weight: 600 }
-.bf-heads { width: 100%; max-width: 27rem; height: auto; display: block; font-size: 11px; fill: currentColor }
-.bf-heads .open { fill: #0072b2 } .dark .bf-heads .open { fill: #56b4e9 }
-.bf-heads .closed { fill: none; stroke: currentColor; stroke-opacity: .5 }
+.bf-look.idle { border-style: dashed } .bf-look h3 { margin: 0; font-size: .95rem }
+.bf-units { width: 100%; max-width: 20rem; height: auto; display: block; font-size: 8px; fill: currentColor }
+.bf-units .open { fill: #0072b2 } .dark .bf-units .open { fill: #56b4e9 }
+.bf-units .closed { fill: none; stroke: currentColor; stroke-opacity: .5 }
 .bf-alert { border-left: 4px solid #d55e00; padding: .4rem .8rem }
 .bf-scroll { overflow: auto; max-height: 30rem; font-size: .9rem }
 .bf-scroll :is(table, thead, tbody, tr, th, td) { border: 0; text-align: left }
 .bf-scroll :is(th, td) { padding: .3rem .5rem; border-top: 1px solid #8886 }
 .bf-scroll td:first-child { min-width: 7rem; overflow-wrap: anywhere }
-pre.bf-scroll { font-size: min(.9rem, 2.8vw) }
-.bf-curve { background: white; border-radius: 6px; max-width: 100%; margin-bottom: .75rem }
+pre.bf-scroll { font-size: min(.9rem, 2.4vw) } .bf-curve { background: white; border-radius: 6px; max-width: 100% }
 """
 _SAVE = """(text) => {
     const link = document.createElement("a");
@@ -62,16 +60,17 @@ _SAVE = """(text) => {
 }"""
 
 
-def load_checkpoint(checkpoint: str) -> tuple[Any, Any]:
-    """A classifier that chooses its heads, in eval mode, and its tokenizer.
+def load_checkpoint(checkpoint: str, device: str | None = None) -> tuple[Any, Any]:
+    """A classifier with a narrow encoder beside a full one, in eval mode, and its tokenizer.
 
     Raises:
         ValueError: `checkpoint` is neither a folder nor a Hub id of one.
     """
-    model, tokenizer = load_classifier(checkpoint, budgeted=True)
+    model, tokenizer = load_classifier(checkpoint, budgeted=True, device=device)
     check_single_label(model.config)
-    if model.config.static_heads is not None:
-        raise ValueError(f"{checkpoint} must choose its heads, got a model cut down to static ones.")
+    if model.narrow is None or not model.config.full_encoder:
+        got = "routers in its layers (router='layer')" if model.narrow is None else "one that was cut"
+        raise ValueError(f"checkpoint must have a narrow encoder beside a full one, got {got} in {checkpoint}.")
     return model, tokenizer
 
 
@@ -97,148 +96,178 @@ def read_file(path: str | Path) -> dict[str, list[str]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _time_in_turn(model: Any, batch: Any, head_budget: float | None, repeats: int) -> tuple[float, float]:
-    """Median seconds at the budget and with all heads; each goes first every other time."""
-    times: dict[int, list[float]] = {0: [], 1: []}
+def plan_call(model: Any, budget: float | None) -> Plan:
+    """The looks that a call takes; a budget of None is a plain call.
+
+    Raises:
+        ValueError: The model cannot spend that budget.
+    """
+    if budget is None and model.config.looks is None and not model.is_trained():
+        return Plan((FULL_LOOK,))
+    order = model.narrow.order
+    return plan_looks(model.config, order) if budget is None else plan_budget(model.config, order, budget)
+
+
+def time_in_turn(model: Any, batch: Any, ways: Sequence[Mapping[str, Any]], repeats: int) -> list[float]:
+    """Median seconds of each way to call the model; each goes first in turn."""
+    times: list[list[float]] = [[] for _ in ways]
     for repeat in range(repeats):
-        for which in (repeat % 2, 1 - repeat % 2):
+        for place in range(len(ways)):
+            way = (repeat + place) % len(ways)
             start = time.perf_counter()
-            model(**batch, head_budget=1.0 if which else head_budget)
-            times[which].append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+            model(**batch, **ways[way]).logits.cpu()
+            times[way].append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
 
 
-def _figures(*figures: tuple[str, float, str]) -> str:
-    parts = (f"<div><dt>{name}</dt><dd>{share:.0%}</dd><dd>{detail}</dd></div>" for name, share, detail in figures)
+def _figures(*figures: tuple[str, str, str]) -> str:
+    parts = (f"<div><dt>{name}</dt><dd>{value}</dd><dd>{detail}</dd></div>" for name, value, detail in figures)
     return f'<dl class="bf-figures">{"".join(parts)}</dl>'
 
 
-def draw_heads(gates: torch.Tensor) -> str:
-    """A picture, in SVG, of the heads (layers, H) that are open, which also says so in words."""
-    layers, heads = gates.shape
-    right, drawn, told = 20 * heads + 30, [], []
-    for layer, row in enumerate(gates.tolist()):
-        y, opened = 20 * layer + 16, [str(head + 1) for head, gate in enumerate(row) if gate]
-        told.append(f"layer {layer + 1}: {', '.join(opened)}")
-        drawn.append(f'<text x="18" y="{y + 12}" text-anchor="end">{layer + 1}</text>')
-        for head, gate in enumerate(row):
-            name, inset, side = ("open", 0, 15) if gate else ("closed", 3.5, 8)  # told apart without colour
-            place = f'x="{20 * head + 26 + inset}" y="{y + inset}" width="{side}" height="{side}"'
-            drawn.append(f'<rect class="{name}" {place} rx="2"/>')
-        drawn.append(f'<text x="{right}" y="{y + 12}">{len(opened)}/{heads}</text>')
+def draw_look(model: Any, look: Look) -> str:
+    """A picture, in SVG, of the heads and feed-forward blocks that a look opens, which also says so in words."""
+    heads, bounds = model.config.num_attention_heads, model.narrow.order.bounds
+    blocks, right, drawn, told = len(bounds) - 1, 9 * heads + 30, [], []
+    for layer in range(model.config.num_hidden_layers):
+        opened = (heads, blocks)
+        if look.counts is not None:
+            opened = (look.counts.heads[layer], bounds.index(look.counts.neurons[layer]))
+        told.append(f"layer {layer + 1}: {opened[0]} and {opened[1]}")
+        y = 9 * layer + 13
+        drawn.append(f'<text x="12" y="{y + 7}" text-anchor="end">{layer + 1}</text>')
+        for left, count, most in ((18, opened[0], heads), (right, opened[1], blocks)):
+            for unit in range(most):
+                name, inset, side = ("open", 0, 7) if unit < count else ("closed", 2, 3)  # told apart without colour
+                place = f'x="{9 * unit + left + inset}" y="{y + inset}" width="{side}" height="{side}"'
+                drawn.append(f'<rect class="{name}" {place} rx="1"/>')
     return (
-        f'<svg class="bf-heads" role="img" aria-label="Open heads of {heads}, {"; ".join(told)}" '
-        f'viewBox="0 0 {right + 36} {20 * layers + 18}"><text x="0" y="10">layer</text>'
-        f'<text x="{right}" y="10">open</text>{"".join(drawn)}</svg>'
+        f'<svg class="bf-units" role="img" aria-label="Open of {heads} heads and {blocks} feed-forward blocks, '
+        f'{"; ".join(told)}" viewBox="0 0 {right + 9 * blocks} {9 * len(told) + 14}"><text x="18" y="8">heads</text>'
+        f'<text x="{right}" y="8">feed-forward</text>{"".join(drawn)}</svg>'
     )
 
 
 @torch.no_grad()
-def show_text(model: Any, tokenizer: Any, text: str, head_budget: float | None) -> str:
-    """What a model makes of one text, and what its closed heads save, measured; in HTML.
+def show_text(model: Any, tokenizer: Any, text: str, budget: float | None) -> str:
+    """What each look at a text opens, says and takes, beside the full model; in HTML.
 
     Args:
-        model: A BudgetFormer classifier in eval mode.
+        model: See `load_checkpoint`.
         tokenizer: Of the model.
         text: One text.
-        head_budget: As in `forward`.
+        budget: As in `forward`.
 
     Raises:
-        ValueError: The text is empty or too long.
+        ValueError: The text is empty or too long, or the model cannot spend that budget.
     """
     if not text.strip() or len(text) > MOST_CHARACTERS:
         raise ValueError(f"A text must have 1 to {MOST_CHARACTERS:,} characters, got {len(text.strip()):,}.")
-    longest = tokenizer.model_max_length
-    batch = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
-    out, full = model(**batch, head_budget=head_budget, output_head_gates=True), model(**batch, head_budget=1.0)
-    (label, *others), (same, *_) = (
-        [
-            f"<b>{escape(str(model.config.id2label[index]))}</b> {share:.0%}"
-            for share, index in zip(
-                *(x.tolist() for x in answer.logits[0].softmax(-1).sort(descending=True)), strict=True
-            )
-        ]
-        for answer in (out, full)
-    )
-    flops, gates = profile(model, batch, head_budget), out.head_gates[0]
-    own, everything = _time_in_turn(model, batch, head_budget, repeats=7)
-    spent, all_flops = sum(flops.sparse.values()) / 1e9, sum(flops.backbone.values()) / 1e9
+    plan, longest = plan_call(model, budget), tokenizer.model_max_length
+    looks = [look for look in plan.looks if look.counts is not None] + [FULL_LOOK]
+    batch = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+    ways = [{} if budget is None else {"budget": budget}, *({"budget": look.cost} for look in looks)]
+    out, *answers = (model(**batch, **way) for way in ways)
+    taken, *times = time_in_turn(model, batch, ways, repeats=7)
+
+    def said(logits: torch.Tensor) -> str:
+        share, label = logits[0].softmax(-1).max(-1)
+        return f"<b>{escape(str(model.config.id2label[label.item()]))}</b> {share:.0%}"
+
+    cards, going = [], True
+    for number, (look, answer, seconds) in enumerate(zip(looks, answers, times, strict=True)):
+        asked = going and number < len(plan.looks)
+        margin = confidence(answer.logits, model.config.problem_type).item()
+        going = asked and number < len(plan.thresholds) and margin < plan.thresholds[number]
+        verdict = "This is the answer." if asked else "Not asked: no need."
+        if asked and number < len(plan.thresholds):
+            asked_for = f"{plan.thresholds[number]:.2f} was asked for"
+            verdict = f"{asked_for}: in doubt, look on." if going else f"{asked_for}: this is the answer."
+        name = "Full model" if look.counts is None else f"Look {number + 1}, {look.cost:.0%} of the work"
+        told = f"{said(answer.logits)}, {1000 * seconds:.1f} ms<br>Margin {margin:.2f}. {verdict}"
+        shown = f'<h3>{name}</h3><p class="bf-note">{told}</p>{draw_look(model, look)}'
+        cards.append(f'<section class="bf-look{"" if asked else " idle"}">{shown}</section>')
+    same = out.logits.argmax().item() == answers[-1].logits.argmax().item()
     figures = _figures(
-        ("Heads", gates.mean().item(), f"{int(gates.sum())} of {gates.numel()}"),
-        ("FLOPs", flops.ratio, f"{spent:.3g} of {all_flops:.3g} G"),
-        ("Time", own / everything, f"{1000 * own:.1f} of {1000 * everything:.1f} ms"),
+        ("Budget spent", f"{out.budget.item():.0%}", "of the full model's work"),
+        ("Time", f"{taken / times[-1]:.0%}", f"{1000 * taken:.1f} of {1000 * times[-1]:.1f} ms"),
+        ("Full model", "same label" if same else "another label", said(answers[-1].logits)),
     )
-    notes = [f"Filled squares are the heads that ran. All heads say {same}; shares are of what they take."]
-    if own > 0.95 * everything and not gates.all():
-        notes.append("No time is saved on this one text: choosing heads takes about what closed ones spare.")
-    if len(tokenizer(text, verbose=False)["input_ids"]) > longest:
-        notes.append(f"Only its first {longest} tokens were read.")
-    return (
-        f'<p class="bf-label">{label}</p><p class="bf-note">then {", ".join(others[:2])}</p>{figures}'
-        f'{draw_heads(gates)}<p class="bf-note">{" ".join(notes)}</p>'
-    )
+    cut = len(tokenizer(text, verbose=False)["input_ids"]) > longest
+    note = f'<p class="bf-note">Only its first {longest} tokens were read.</p>' if cut else ""
+    return f'<p class="bf-label">{said(out.logits)}</p>{figures}<div class="bf-looks">{"".join(cards)}</div>{note}'
 
 
 @torch.no_grad()
 def show_texts(
-    model: Any, tokenizer: Any, texts: dict[str, list[str]], head_budget: float | None, tell: Callable[[float], Any]
+    model: Any, tokenizer: Any, texts: dict[str, list[str]], budget: float | None, tell: Callable[[float], Any]
 ) -> tuple[str, str]:
-    """Classifies many texts, and measures what their closed heads save.
+    """Classifies many texts, beside the full model, and measures both.
 
     Args:
-        model: A BudgetFormer classifier in eval mode.
+        model: See `load_checkpoint`.
         tokenizer: Of the model.
         texts: The columns text and perhaps text_pair, of one row or more.
-        head_budget: As in `forward`.
+        budget: As in `forward`.
         tell: Called with the share that is done, in (0, 1].
 
     Returns:
         A summary and a table, in HTML, and the table as a csv file's content.
     """
-    count = len(texts["text"])
+    first, count = plan_call(model, budget).looks[0].cost, len(texts["text"])
+    ways = [{} if budget is None else {"budget": budget}, {"budget": 1.0}]
     rows: list[list[str]] = [list(row) for row in zip(*texts.values(), strict=True)]
-    own, everything, heads, same, done = 0.0, 0.0, 0.0, 0, 0
-    for places, batch in batches_by_length(texts, tokenizer, _BATCH):
-        # What is asked here also warms up for what is timed.
-        out, full = model(**batch, head_budget=head_budget), model(**batch, head_budget=1.0)
-        times = _time_in_turn(model, batch, head_budget, repeats=2)
-        own, everything, heads = own + times[0], everything + times[1], heads + out.head_budget.sum().item()
-        shares, labels = out.logits.softmax(-1).max(-1)
+    seconds, spent, went_on, same, done = [0.0, 0.0], 0.0, 0, 0, 0
+    for places, batch in batches_by_length(texts, tokenizer, BATCH):
+        batch = batch.to(model.device)
+        out, full = (model(**batch, **way) for way in ways)  # warms up for what is timed
+        seconds = [sum(pair) for pair in zip(seconds, time_in_turn(model, batch, ways, repeats=2), strict=True)]
+        scores, labels = out.logits.softmax(-1).max(-1)
+        spent, went_on = spent + out.budget.sum().item(), went_on + int((out.budget > first + 1e-6).sum())
         same += int((labels == full.logits.argmax(-1)).sum())
-        for place, label, share, spent in zip(places, labels.tolist(), shares, out.head_budget, strict=True):
-            rows[place] += [str(model.config.id2label[label]), f"{share:.3f}", f"{spent:.3f}"]
+        for place, label, score, share in zip(places, labels.tolist(), scores, out.budget, strict=True):
+            rows[place] += [str(model.config.id2label[label]), f"{score:.3f}", f"{share:.3f}"]
         done += len(places)
         tell(done / count)
     figures = _figures(
-        ("Heads", heads / count, f"mean of {count:,} texts"),
-        ("Time saved", 1 - own / everything, f"{own:.2f} s, all heads {everything:.2f} s"),
-        ("Same label", same / count, "as with all heads"),
+        ("Went on", f"{went_on / count:.0%}", f"{went_on:,} of {count:,} texts, past the first look"),
+        ("Same label", f"{same / count:.0%}", "as the full model"),
+        ("Time", f"{seconds[0]:.2f} s", f"full model {seconds[1]:.2f} s"),
+        ("Budget spent", f"{spent / count:.0%}", "of the full model's work"),
     )
-    how = f"Measured on these texts, in batches of {_BATCH} of like length, both ways in turn, without tokenizing."
-    rows.insert(0, [*texts, "label", "score", "heads"])
-    first, *lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
-    table = f"<thead><tr>{first.replace('td>', 'th>')}</tr></thead><tbody><tr>{'</tr><tr>'.join(lines)}</tr></tbody>"
+    how = f"Measured on these texts, in batches of {BATCH} of like length, both ways in turn, without tokenizing."
+    rows.insert(0, [*texts, "label", "score", "budget"])
+    top, *lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    table = f"<thead><tr>{top.replace('td>', 'th>')}</tr></thead><tbody><tr>{'</tr><tr>'.join(lines)}</tr></tbody>"
     content = io.StringIO(newline="")
     csv.writer(content).writerows(rows)
     scroll = f'<div class="bf-scroll" tabindex="0" role="region" aria-label="Predictions"><table>{table}</table></div>'
     return f'{figures}<p class="bf-note">{how}</p>{scroll}', content.getvalue()
 
 
-def show_curve(checkpoint: str) -> str:
+def show_curves(checkpoint: str) -> str:
     """Accuracy by budget in HTML, from what `budgetformer evaluate` left beside the checkpoint; or how to get it."""
+    folder = Path(checkpoint)
     try:
-        path: Any = cached_file(checkpoint, "budgetformer/evaluation.json")
+        folder = folder if folder.is_dir() else Path(snapshot_download(checkpoint, allow_patterns="budgetformer/*"))
+        records = read_results(folder, "evaluation")
     except OSError:
+        records = []
+    if not records:
         command = f"budgetformer evaluate {escape(checkpoint)} DATA"
         return f"<p>This checkpoint has no curve yet. Labelled texts make one: <code>{command}</code></p>"
-    evaluation = Evaluation.from_dict(json.loads(Path(path).read_text("utf-8")))
-    with tempfile.TemporaryDirectory() as folder:
-        picture = base64.b64encode(plot_accuracy(evaluation, Path(folder, "curve.png")).read_bytes()).decode()
-    told = "Accuracy against the share of heads that ran, as in the table below"
-    return (
-        f'<img class="bf-curve" src="data:image/png;base64,{picture}" alt="{told}">'
-        f'<pre class="bf-scroll" tabindex="0" role="region" aria-label="Accuracy by budget">{evaluation}</pre>'
-    )
+    parts = []
+    for record in records:
+        evaluation = Evaluation.from_dict(record.result)
+        evaluation.settings.update(data=record.data, split=record.split)
+        with tempfile.TemporaryDirectory() as place:
+            picture = base64.b64encode(plot_accuracy(evaluation, Path(place, "curve.png")).read_bytes()).decode()
+        parts.append(
+            f'<p class="bf-note">{escape(str(record))}</p><img class="bf-curve" src="data:image/png;base64,{picture}" '
+            'alt="Accuracy against the mean budget spent, as in the table below">'
+            f'<pre class="bf-scroll" tabindex="0" role="region" aria-label="Accuracy by budget">{evaluation}</pre>'
+        )
+    return "".join(parts)
 
 
 def build_page(model: Any, tokenizer: Any, checkpoint: str) -> Any:
@@ -256,90 +285,77 @@ def build_page(model: Any, tokenizer: Any, checkpoint: str) -> Any:
     def failed(error: ValueError) -> str:
         return f'<p class="bf-alert" role="alert">{escape(str(error))}</p>'
 
-    def answer(text: str, own: bool, percent: float) -> str:
+    def answer(text: str, plain: bool, percent: float) -> str:
         try:
-            return show_text(model, tokenizer, text, None if own else percent / 100)
+            return show_text(model, tokenizer, text, None if plain else percent / 100)
         except ValueError as error:
             return failed(error)
 
-    def compare(left: str, right: str, own: bool, percent: float) -> tuple[str, str]:
-        return answer(left, own, percent), answer(right, own, percent)
-
-    def slide(left: str, right: str, percent: float) -> tuple[bool, str, str]:
-        return False, *compare(left, right, False, percent)
-
-    def choose(name: str, own: bool, percent: float) -> tuple[str, ...]:
-        return *EXAMPLES[name], *compare(*EXAMPLES[name], own, percent)
-
     progress = gr.Progress()
 
-    def run(path: str | None, texts: Any, own: bool, percent: float, tell: Any = progress) -> tuple[Any, ...]:
+    def run(path: str | None, texts: Any, plain: bool, percent: float, tell: Any = progress) -> tuple[Any, ...]:
         try:
             texts = read_file(path) if path else texts
+            shown, content = show_texts(model, tokenizer, texts, None if plain else percent / 100, tell)
         except ValueError as error:
             return None, None, failed(error), "", gr.update(visible=False)
         finally:
             if path:
                 Path(path).unlink(missing_ok=True)
-        shown, content = show_texts(model, tokenizer, texts, None if own else percent / 100, tell)
         return None, texts, shown, content, gr.update(visible=True)
 
     shape = f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads, {config.num_labels} labels"
-    saved = "The model's own budget" if config.head_budget is None else f"Its saved budget, {config.head_budget:.0%}"
-    first = next(iter(EXAMPLES))
+    call = "the full model alone" if plan_call(model, None).looks[0] == FULL_LOOK else None
+    call = call or describe_looks(config.looks, config.confidence)
+    least, most = math.ceil(100 * model.narrow.order.costs[1]), math.floor(100 * config.narrow_budget)
     with gr.Blocks(title="BudgetFormer", analytics_enabled=False, delete_cache=(600, 600)) as page:
-        gr.Markdown(f"# BudgetFormer\n`{checkpoint}`, {shape}: for each text and layer it chooses which heads to run.")
+        gr.Markdown(f"# BudgetFormer\n`{checkpoint}`, {shape}: a cheap first look, and the full model where in doubt.")
         with gr.Row():
             with gr.Column(min_width=280):
-                own = gr.Checkbox(True, label=saved)
+                plain = gr.Checkbox(True, label=f"Plain call: {call}")
             with gr.Column(min_width=280):
-                least = math.ceil(100 / config.num_attention_heads)
-                percent = gr.Slider(
-                    least, 100, value=50, step=1, label="Or ask for a share of the heads, in %", buttons=[]
-                )
-        with gr.Tab("Texts"):
-            with gr.Row():
-                pick = gr.Dropdown(list(EXAMPLES), value=first, label="Pick two texts, or type", min_width=180)
-                texts = [
-                    gr.Textbox(text, label=f"Text {n}", lines=2, max_length=MOST_CHARACTERS, scale=2, min_width=280)
-                    for n, text in enumerate(EXAMPLES[first], 1)
-                ]
+                label = "Or ask for a budget, in % of the full model's work"
+                most = 100 if config.margins else most  # none in between can be asked for
+                percent = gr.Slider(min(least, most), most, value=min(most, 25), step=1, label=label, buttons=[])
+        with gr.Tab("Text"):
+            pick = gr.Dropdown(list(EXAMPLES), value=EXAMPLES[0], label="Pick a text, or type")
+            text = gr.Textbox(EXAMPLES[0], label="Text", lines=2, max_length=MOST_CHARACTERS)
             classify = gr.Button("Classify", variant="primary")
-            answers = []
-            with gr.Row():
-                for _ in texts:
-                    with gr.Column(min_width=280):
-                        answers.append(gr.HTML())
+            answered = gr.HTML()
         with gr.Tab("File"):
-            most = f"{MOST_ROWS:,} texts of {MOST_CHARACTERS:,} characters, {MOST_BYTES // 10**6} MB"
-            gr.Markdown(f"A csv file with a column `text`, or a txt file with a text in each line: at most {most}.")
+            limits = f"{MOST_ROWS:,} texts of {MOST_CHARACTERS:,} characters, {MOST_BYTES // 10**6} MB"
+            gr.Markdown(f"A csv file with a column `text`, or a txt file with a text in each line: at most {limits}.")
             upload = gr.File(label="File, deleted once it is read", file_types=[".csv", ".txt"], height=150)
             kept, shown, content = gr.State(), gr.HTML(), gr.Textbox(visible=False)
             with gr.Row(visible=False) as buttons:
                 again = gr.Button("Run again at the budget above")
                 save = gr.Button("Download predictions.csv")
         with gr.Tab("Accuracy"):
-            gr.HTML(show_curve(checkpoint))
+            gr.HTML(show_curves(checkpoint))
 
         # One at a time, or times lie; and the last one asked for always runs.
         alone: Any = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
         alone["api_visibility"] = "private"
-        asked, told = [*texts, own, percent], [upload, kept, shown, content, buttons]
-        gr.on([page.load, classify.click, own.input, *(x.submit for x in texts)], compare, asked, answers, **alone)
-        pick.change(choose, [pick, own, percent], [*texts, *answers], **alone)  # to leave it is an input too
-        percent.input(slide, [*texts, percent], [own, *answers], **alone)
-        gr.on([upload.upload, again.click], run, [upload, kept, own, percent], told, **alone)
+        asked, told = [text, plain, percent], [upload, kept, shown, content, buttons]
+        gr.on([page.load, classify.click, plain.input, text.submit], answer, asked, answered, **alone)
+        pick.change(lambda chosen, *way: (chosen, answer(chosen, *way)), [pick, *asked[1:]], [text, answered], **alone)
+        slide = [text, percent], [plain, answered]
+        percent.input(lambda typed, share: (False, answer(typed, False, share)), *slide, **alone)
+        gr.on([upload.upload, again.click], run, [upload, kept, plain, percent], told, **alone)
         save.click(None, content, js=_SAVE)
     return page
 
 
-def main(checkpoint: str | None = None, host: str = "127.0.0.1", port: int | None = None) -> None:
+def main(
+    checkpoint: str | None = None, host: str = "127.0.0.1", port: int | None = None, device: str | None = None
+) -> None:
     """Serves the page until interrupted.
 
     Args:
         checkpoint: Folder or Hub id of a BudgetFormer classifier; None: what `make demo` saved in "demo-output".
         host: Address to bind; "0.0.0.0" lets other machines in.
         port: To listen on; None: the first free one from 7860.
+        device: Where the model runs; None: the accelerator, if there is one.
 
     Raises:
         ValueError: There is no such checkpoint.
@@ -351,7 +367,7 @@ def main(checkpoint: str | None = None, host: str = "127.0.0.1", port: int | Non
             "minutes, or name a folder or Hub id: budgetformer page CHECKPOINT."
         )
     checkpoint = checkpoint or DEMO_CHECKPOINT
-    model, tokenizer = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="budgetformer-page-") as folder:  # goes, with all that Gradio left there
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         page = build_page(model, tokenizer, checkpoint)
@@ -373,4 +389,7 @@ def main(checkpoint: str | None = None, host: str = "127.0.0.1", port: int | Non
         )
 
 
-__all__ = ["build_page", "draw_heads", "load_checkpoint", "main", "read_file", "show_curve", "show_text", "show_texts"]
+__all__ = [
+    "build_page", "draw_look", "load_checkpoint", "main", "plan_call", "read_file", "show_curves", "show_text",
+    "show_texts", "time_in_turn",
+]  # fmt: skip
