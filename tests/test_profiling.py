@@ -121,7 +121,7 @@ def test_what_does_not_answer_as_the_stock_model_is_not_timed(texts, tokenizer, 
     stock = stock_model(model)
     stock.classifier.bias.data[0] += 0.1
     monkeypatch.setattr(profiling, "stock_model", lambda given: stock)
-    with pytest.raises(RuntimeError, match="differs by .* is not timed"):
+    with pytest.raises(RuntimeError, match=r"differs by .* is not timed"):
         cost_card(model, texts, tokenizer, rows=4, repeats=1)
 
 

@@ -8,7 +8,9 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from conftest import budgetformer, stock_classifier, stock_config
-from hf_budgetformer.tools.data import batches_by_length, label_ids, load_classifier, read_rows, read_table, write_json
+from hf_budgetformer.tools.batching import batches_by_length
+from hf_budgetformer.tools.checkpoints import load_classifier
+from hf_budgetformer.tools.tables import label_ids, read_rows, read_table
 
 
 ROWS = [{"text": 'w1, "w2"', "label": 0}, {"text": "w3\nw4 é", "label": 2}, {"text": "", "label": 1}]
@@ -146,6 +148,9 @@ def test_batches_hold_every_row_once_and_little_padding(texts, tokenizer):
         seen += places.tolist()
     lengths = [min(12, len(text.split()) + 2) for text in columns["text"]]
     assert sorted(seen) == list(range(64))
+    for wrong in (0, -3):
+        with pytest.raises(ValueError, match=f"max_length must be None or an integer >= 1, got {wrong}"):
+            next(batches_by_length(columns, tokenizer, 10, max_length=wrong))
     assert [lengths[place] for place in seen] == sorted(lengths)
 
 
@@ -165,12 +170,3 @@ def test_only_trained_classifiers_load(tmp_path, tokenizer):
     ]:
         with pytest.raises(ValueError, match=message):
             load_classifier(str(tmp_path / name), budgeted)
-
-
-def test_json_is_written_at_once_or_not_at_all(tmp_path):
-    path, circle = tmp_path / "new" / "x.json", []
-    circle.append(circle)
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="Circular"):
-        write_json(path, circle)
-    assert [json.loads(file.read_text()) for file in path.parent.iterdir()] == [{"a": 1}]

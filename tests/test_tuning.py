@@ -1,4 +1,4 @@
-"""The race over budgets on simulated answers, whose true losses are known; then on tiny models."""
+"""How sure first looks are; the race over budgets on simulated answers, whose true losses are known, and on models."""
 
 import json
 import math
@@ -8,11 +8,18 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from conftest import budgetformer, stock_classifier
+from conftest import batch_of, budgetformer, stock_classifier
 from hf_budgetformer import BudgetFormerModel
-from hf_budgetformer.tools.baselines import prune
-from hf_budgetformer.tools.profiling import profile
-from hf_budgetformer.tools.tuning import _log_capital, race, tune_budget
+from hf_budgetformer.budgets import confidence
+from hf_budgetformer.tools.narrowing import cut
+from hf_budgetformer.tools.tuning import (
+    calibrate_margins,
+    candidate_budgets,
+    log_capital,
+    race,
+    set_budget,
+    tune_budget,
+)
 
 
 TRIALS = 1000
@@ -86,8 +93,8 @@ def test_the_capital_is_the_mean_of_products_and_a_fair_bet():
     differences, mean = [0, 1, 0, -1, 0, 0, 1], 0.1
     bets = np.linspace(0.05, 0.95, 10) / (1 - mean)
     naive = np.mean([math.prod(1 + bet * (mean - d) for d in differences) for bet in bets])
-    assert _log_capital([1, 4, 2], mean) == pytest.approx(math.log(naive))
-    expected = sum(p * math.exp(_log_capital(seen, mean)) for p, seen in zip([0.2, 0.5, 0.3], np.eye(3), strict=True))
+    assert log_capital([1, 4, 2], mean) == pytest.approx(math.log(naive))
+    expected = sum(p * math.exp(log_capital(seen, mean)) for p, seen in zip([0.2, 0.5, 0.3], np.eye(3), strict=True))
     assert expected == pytest.approx(1.0)
 
 
@@ -115,48 +122,130 @@ def test_bisection_needs_no_more_tests_than_the_threshold_allows():
             assert len(tests) <= count.bit_length()
 
 
+# Margins
+
+
+def batches(seeds, backbone_type="bert"):
+    return [batch_of([9, 4, 12, 7] * 8, backbone_type, seed=seed) for seed in seeds]
+
+
+def test_margins_are_the_quantiles_of_the_first_looks_confidence(backbone_type):
+    model = budgetformer(backbone_type, narrow_budget=0.5).train()
+    calibrate_margins(model, batches(range(4), backbone_type), budget=0.25)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        logits = [model(**batch, budget=0.25).logits for batch in batches(range(4), backbone_type)]
+    expected = confidence(torch.cat(logits), None)
+    assert model.config.margins["budget"] == 0.25
+    quantiles = torch.tensor(model.config.margins["quantiles"])
+    torch.testing.assert_close(quantiles, expected.quantile(torch.linspace(0, 1, 101)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.4, 0.5, 0.75, 0.9])
+def test_a_budget_in_between_is_spent_in_the_mean(backbone_type, budget):
+    model, rows = budgetformer(backbone_type, narrow_budget=0.25), batches(range(16), backbone_type)
+    calibrate_margins(model, rows)
+    with torch.no_grad():
+        spent = torch.cat([model(**batch, budget=budget).budget for batch in rows])
+        fresh = torch.cat([model(**batch, budget=budget).budget for batch in batches(range(100, 116), backbone_type)])
+    assert spent.mean().item() == pytest.approx(budget, rel=0.05)
+    assert fresh.mean().item() == pytest.approx(budget, rel=0.25)
+    first = model.narrow.order.look(1 / 6).cost
+    assert spent.unique().tolist() == pytest.approx([first, first + 1.0])
+
+
+def test_labels_and_teachers_are_ignored_and_the_default_first_look_is_a_sixth():
+    model, [batch] = budgetformer("bert"), batches([0])
+    calibrate_margins(model, [{**batch, "labels": torch.full((32,), 7), "teacher_logits": torch.zeros(1)}])
+    before = model.config.margins
+    assert before["budget"] == 1 / 6
+    calibrate_margins(model, [batch])
+    assert model.config.margins == before
+    looking = budgetformer("bert", looks=[0.2, 1.0])
+    calibrate_margins(looking, [batch])
+    assert looking.config.margins["budget"] == 0.2
+
+
+def test_margins_need_two_looks_and_inputs():
+    model = budgetformer("bert")
+    regression = budgetformer("bert")
+    regression.config.problem_type = "regression"
+    for wrong in (cut(model, 0.25), regression, budgetformer("bert", router="layer")):
+        with pytest.raises(ValueError, match="model must look twice"):
+            calibrate_margins(wrong, batches([0]))
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        calibrate_margins(model, [])
+    with pytest.raises(ValueError, match=r"budget must be at most narrow_budget=0\.25, that of a first look, got 0\.5"):
+        calibrate_margins(model, batches([0]), budget=0.5)
+    assert model.config.margins is None
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.5, 1.0])
+def test_a_budget_that_is_set_is_what_a_plain_call_spends(budget, tmp_path):
+    model, rows = budgetformer("bert", looks=[0.2, 1.0], confidence=[0.9]), batches(range(4))
+    calibrate_margins(model, rows)
+    set_budget(model.config, model.narrow.order, budget)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    for batch in rows:
+        with torch.no_grad():
+            expected = model(**batch, budget=budget)
+            for found in (model(**batch), again(**batch)):
+                assert torch.equal(found.budget, expected.budget)
+                torch.testing.assert_close(found.logits, expected.logits)
+
+
+# Models
+
+
 def test_a_model_is_tuned_from_texts_as_from_tokens_and_comes_back_as_it_was(
     backbone_type, texts, tokenized, tokenizer
 ):
     model = budgetformer(backbone_type).train()
-    ask = {"budgets": [0.25, 0.5, 1.0], "tolerance": 0.3, "batch_size": 4, "confidence": 0.9}
+    ask = {"budgets": [0.125, 0.25, 0.5, 1.0], "tolerance": 0.3, "batch_size": 4, "confidence": 0.9}
     found = tune_budget(model, texts, tokenizer, **ask)
     assert model.training
-    assert model.config.head_budget is None
+    assert model.config.looks is model.config.margins is None
     assert tune_budget(model, tokenized.rename_column("label", "labels"), tokenizer, **ask) == found
     assert tune_budget(model, tokenized.with_format("torch"), tokenizer, **ask) == found
-    assert tune_budget(model, texts, tokenizer, **ask, seed=1) != found
+    assert tune_budget(model, texts, tokenizer, **ask, seed=1).settings["seed"] == 1
 
 
 def test_the_curve_is_what_the_model_says_on_all_rows(texts, tokenizer):
     model = budgetformer("bert")
-    ask = {"budgets": [0.25, 0.5], "tolerance": 0.15, "futility": False, "cost": "flops"}
-    found = tune_budget(model, texts, tokenizer, **ask)
     batch = tokenizer(texts["text"][:], padding=True, return_tensors="pt")
+    calibrate_margins(model, [batch])
+    ask = {"budgets": [0.25, 0.5], "tolerance": 0.15, "futility": False}
+    found = tune_budget(model, texts, tokenizer, **ask)
     with torch.no_grad():
-        right = model(**batch, head_budget=1.0).logits.argmax(-1) == torch.tensor(texts["label"][:])
+        right = model(**batch, budget=1.0).logits.argmax(-1) == torch.tensor(texts["label"][:])
     assert found.accuracy == pytest.approx(right.float().mean().item())
-    assert [test.rows for test in found.curve] == [64, 64]
+    assert found.curve
     for test in found.curve:
         with torch.no_grad():
-            out = model(**batch, head_budget=test.budget)
+            out = model(**batch, budget=test.budget)
         lost = right.float() - (out.logits.argmax(-1) == torch.tensor(texts["label"][:])).float()
-        assert test.difference == pytest.approx(lost.mean().item())
-        assert test.heads == pytest.approx(out.head_budget.mean().item())
-        flops = [sum(profile(model, batch, x).sparse.values()) for x in (test.budget, 1.0)]
-        assert test.flops == pytest.approx(flops[0] / flops[1], abs=0.1)  # of some of the rows
-    assert found.evaluations == found.grid_evaluations == 3 * 64
+        if test.rows == 64:
+            assert test.difference == pytest.approx(lost.mean().item())
+            assert test.spent == pytest.approx(out.budget.mean().item())
+    assert found.grid_evaluations == 3 * 64
+    assert found.evaluations == max(test.rows for test in found.curve) + sum(test.rows for test in found.curve)
 
 
 def test_the_answer_is_written_printed_and_becomes_json(tokenized, tokenizer):
     model = budgetformer("bert")
-    model.classifier.weight.data.zero_()  # no budget changes an answer
+    for head in (model.classifier, model.narrow.head):
+        head.weight.data.zero_()  # no budget changes an answer
     found = tune_budget(model, tokenized, tokenizer, tolerance=0.2, batch_size=4, write=True)
-    assert model.config.head_budget == found.budget == 0.25
-    assert [test.budget for test in found.curve] == [0.25, 0.5]  # of 4 heads, by bisection
-    assert json.loads(json.dumps(found.to_dict()))["settings"]["budgets"] == [0.25, 0.5, 0.75, 1.0]
-    assert "smallest budget within 20 points of all heads" in str(found)
-    assert f"{found.evaluations} evaluations, {found.evaluations / 256:.1%} of the full grid" in str(found)
+    assert found.budget == candidate_budgets(model.config)[0] == 0.25 / 3
+    assert (model.config.looks, model.config.confidence) == ([found.budget], None)
+    assert all(test.decision == "within" for test in found.curve)
+    assert json.loads(json.dumps(found.to_dict()))["settings"]["budgets"] == candidate_budgets(model.config)
+    assert type(found).from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert "smallest budget within 20 points of the full model" in str(found)
+    grid = 64 * (len(candidate_budgets(model.config)) + 1)
+    assert f"{found.evaluations} evaluations, {found.evaluations / grid:.1%} of the full grid" in str(found)
 
 
 def test_the_mode_comes_back_after_an_error(texts, tokenizer, monkeypatch):
@@ -184,7 +273,7 @@ def test_bad_arguments_are_named(texts, tokenizer):
     for message, arguments in {
         r"model must be a BudgetFormer classifier, got BertForSequenceC.*from_pretrained": (stock_classifier("bert"),),
         r"model must be a BudgetFormer classifier, got BudgetFormerModel": (BudgetFormerModel(model.config),),
-        r"model must choose its heads, got one cut down to static heads": (prune(model, [[0], [1], [2]]),),
+        r"must have a narrow encoder beside a full one \(router='look', not cut\)": (cut(model, 0.25),),
         r"model must choose one label of several, got problem_type='multi_label": (several,),
         r"dataset must be .* one row, got one without rows": (model, rows["none"]),
         r"dataset must be .* one row, got DatasetDict": (model, DatasetDict({"test": texts})),
@@ -203,7 +292,6 @@ def test_bad_arguments_are_named(texts, tokenizer):
         r"confidence must be in \(0, 1\), got 95": {"confidence": 95},
         r"tolerance must be larger for 64 rows, got 0.005: .* it would take \d+ rows": {},
         r"batch_size must be an integer >= 1, got 0": {"batch_size": 0},
-        r"cost must be 'heads' or 'flops', got 'time'": {"cost": "time"},
     }.items():
         with pytest.raises(ValueError, match=message):
             tune_budget(model, texts, tokenizer, **named)

@@ -52,13 +52,16 @@ def calibrate_margins(
         budget: Of the first look, at most `config.narrow_budget`. None: the first of `config.looks`, or 1/6.
 
     Raises:
-        ValueError: The model is of another kind, or there is no batch.
+        ValueError: The model is of another kind, the budget is none of a first look, or there is no batch.
     """
     ours: Any = model
     check_classifier(model)
     if ours.narrow is None or not ours.config.full_encoder or not has_confidence(ours.config):
         raise ValueError("model must look twice: with a narrow encoder beside a full one, and labels to choose from.")
     budget = first_look_budget(ours.config) if budget is None else budget
+    if budget > ours.config.narrow_budget:
+        narrow = f"narrow_budget={ours.config.narrow_budget:g}"
+        raise ValueError(f"budget must be at most {narrow}, that of a first look, got {budget}.")
     found, was_training = [], model.training
     model.eval()
     try:
@@ -136,7 +139,7 @@ class TunedBudget:
         return "\n".join([*lines, f"{self.evaluations} evaluations, {share:.1%} of the full grid"])
 
 
-def _log_capital(counts: Any, mean: float) -> float:
+def log_capital(counts: Any, mean: float) -> float:
     """Log of the capital, 1 at the start, after betting that the differences' true mean is below `mean`, in (-1, 1).
 
     If it is not, the capital ever reaches 1 / alpha with probability alpha at most. Counts (3,) are of -1, 0 and 1.
@@ -149,7 +152,7 @@ def _upper_bound(counts: np.ndarray, threshold: float) -> float:
     low, high = -1.0, 1.0
     while high - low > 1e-9:  # the capital rises with the mean it bets against
         middle = (low + high) / 2
-        low, high = (low, middle) if _log_capital(counts, middle) >= threshold else (middle, high)
+        low, high = (low, middle) if log_capital(counts, middle) >= threshold else (middle, high)
     return high
 
 
@@ -158,7 +161,7 @@ def _is_futile(counts: np.ndarray, rows: int, tolerance: float, threshold: float
     seen = counts.sum()
     gained, lost = counts[0] + _OPTIMISM * counts[0] ** 0.5, max(counts[2] - _OPTIMISM * counts[2] ** 0.5, 0.0)
     hoped = np.array([gained, max(seen - gained - lost, 0.0), lost])
-    return _log_capital(counts + hoped * (rows - seen) / seen, tolerance) < threshold
+    return log_capital(counts + hoped * (rows - seen) / seen, tolerance) < threshold
 
 
 def race(
@@ -207,7 +210,7 @@ def race(
         if not 0.0 < value < 1.0:
             raise ValueError(f"{name} must be in (0, 1), got {value}.")
     threshold = math.log(len(candidates).bit_length() / (1.0 - confidence))
-    needed = bisect.bisect_left(range(2**62), threshold, key=lambda zeros: _log_capital([0, zeros, 0], tolerance))
+    needed = bisect.bisect_left(range(2**62), threshold, key=lambda zeros: log_capital([0, zeros, 0], tolerance))
     if needed > rows:
         raise ValueError(
             f"tolerance must be larger for {rows} rows, got {tolerance}: even if no answer changed, it would take "
@@ -220,9 +223,9 @@ def race(
             new = range(seen, min(seen + chunk, rows))
             counts += np.bincount(losses(budget, new) + 1, minlength=3)
             seen = new.stop
-            if _log_capital(counts, tolerance) >= threshold:
+            if log_capital(counts, tolerance) >= threshold:
                 decision = "within"
-            elif _log_capital(counts[::-1], -tolerance) >= threshold:
+            elif log_capital(counts[::-1], -tolerance) >= threshold:
                 decision = "exceeds"
             elif futility and _is_futile(counts, rows, tolerance, threshold):
                 break
@@ -363,6 +366,7 @@ __all__ = [
     "TunedBudget",
     "calibrate_margins",
     "candidate_budgets",
+    "log_capital",
     "race",
     "set_budget",
     "tune_budget",
