@@ -462,16 +462,16 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         tokens: Any = inputs_embeds if input_ids is None else input_ids
         if budget is not None:
-            _check_budget(budget, len(tokens))
+            _check_budget(budget, tokens.shape[0])
         masked = self._check_executor(executor) == "masked"
         stock_attention = self.config._attn_implementation == "sdpa" and not self.recorded(kwargs, "output_attentions")
         given = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
         given["inputs_embeds"] = inputs_embeds
         if masked or not stock_attention or not _values_are_known():
-            return Embedded(self.embeddings(**given), PaddedBatch(attention_mask), len(tokens))
+            return Embedded(self.embeddings(**given), PaddedBatch(attention_mask), tokens.shape[0])
         packing = find_packing(attention_mask, tuple(tokens.shape[:2]), tokens.device)
         if packing.indices is None:
-            return Embedded(packing.pack(self.embeddings(**given)), packing, len(tokens))
+            return Embedded(packing.pack(self.embeddings(**given)), packing, tokens.shape[0])
         if position_ids is None:  # they count from the start of each input, wherever its padding is
             given["position_ids"] = self._positions(tokens, input_ids is None)
         # As one long input, so that padding is not embedded either.
@@ -479,7 +479,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             name: None if x is None else packing.pack(x.expand(*tokens.shape[:2], *x.shape[2:]))[None]
             for name, x in given.items()
         }
-        return Embedded(self.embeddings(**given)[0], packing, len(tokens))
+        return Embedded(self.embeddings(**given)[0], packing, tokens.shape[0])
 
     def _positions(self, tokens: torch.Tensor, embedded: bool) -> torch.Tensor:
         """Position numbers as the stock embeddings give them, (1, L) or (B, L) int64, of ids or embedded tokens."""
