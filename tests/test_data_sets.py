@@ -1,4 +1,4 @@
-"""The data sets that the evidence is made from, read as a user's own would be; they are not part of this repository."""
+"""The data sets that benchmarks are made from, read as a user's own would be; they are not part of this repository."""
 
 import json
 import os
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from hf_budgetformer.tools.data import read_rows, read_table
 from hf_budgetformer.tools.recipe import label_names
+from hf_budgetformer.tools.tables import read_rows, read_table
 
 
-ROOT = Path(__file__).parent.parent
-EXPERIMENTS = sorted((ROOT / "benchmarks" / "accuracy" / "experiments").glob("*.json"))
-SOURCES = sorted({source["name"] for path in EXPERIMENTS for source in json.loads(path.read_text())["data"]})
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+EXPERIMENTS = [json.loads(path.read_text()) for path in BENCHMARKS.glob("experiments/*.json")]
+EXPERIMENTS += [json.loads(path.read_text()) for path in BENCHMARKS.glob("paper/*.json")]
+CELLS = [cell for settings in EXPERIMENTS for cell in [settings, *settings.get("cells", [])]]
+SOURCES = sorted({cell["data"] for cell in CELLS if cell.get("data", "docstrings") != "docstrings"})
 pytestmark = pytest.mark.data
 
 

@@ -66,42 +66,60 @@ def folder(tmp_path_factory, tokenizer, texts):
 
 
 def rows_of(table):
-    """Name of each row of a printed table, with its accuracy and share of heads."""
+    """Name of each row of a printed table, with accuracy, agreement and mean budget."""
     found = {}
     for line in table.splitlines():
-        if match := re.fullmatch(r"(.+?) +(0\.\d+|1\.0+) +[\d.]+ +([\d.]+)%( ± [\d.]+%)?", line):
-            found[match[1]] = (float(match[2]), float(match[3]) / 100)
+        if match := re.fullmatch(r"(.+?) +(\d\.\d{4}) +(\d\.\d{4}) +[\d.]+ +(\d\.\d{3})", line):
+            found[match[1]] = tuple(float(match[number]) for number in (2, 3, 4))
     return found
 
 
-def test_fine_tunes_compares_saves_classifies_and_scores_again(folder, tokenizer, capsys):
+def test_fine_tunes_compares_saves_classifies_and_asks_again(folder, tokenizer, capsys):
     output = str(folder / "output")
     source = ["--model", str(folder / "stock"), "--dataset", str(folder / "texts.csv")]
-    finetune_text_classification.main(["w1 w2 w3", "w21 w22", *source, "--epochs", "1", "--output", output])
+    epochs = ["--epochs", "1", "--narrow-epochs", "2"]
+    finetune_text_classification.main(["w1 w2 w3", "w21 w22", *source, *epochs, "--output", output])
     printed = capsys.readouterr().out
     table = rows_of(printed)
-    assert list(table) == [
-        "stock model",
-        "all heads, trained again",
-        "static 1/4, trained again",
-        *(f"BudgetFormer, {name}" for name in finetune_text_classification.BUDGETS),
-    ]
-    assert all(0 <= accuracy <= 1 and 0 < heads <= 1 for accuracy, heads in table.values())
-    assert table["BudgetFormer, all heads"][1] == 1.0
+    assert list(table) == ["stock", *finetune_text_classification.BUDGETS]
+    assert table["ours at 1"] == table["stock"]
+    for name, budget in finetune_text_classification.BUDGETS.items():
+        if name.startswith("ours"):
+            assert table[name][2] <= budget + 5e-4
+    assert table["looks, mean of .4"][2] > 1 / 8
+    assert "the standard error of an accuracy is" in printed
     classified = [line for line in printed.splitlines() if line.endswith(("w1 w2 w3", "w21 w22"))]
     assert len(classified) == 2
-    assert all(line.startswith("kind ") and "heads" in line for line in classified)
+    assert all(line.startswith("kind ") and "budget" in line for line in classified)
 
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert model.config.model_type == "budgetformer"
-    assert model.config.head_budget is None
+    assert model.is_trained()
+    assert model.config.margins["budget"] == pytest.approx(1 / 6)
     assert set(model.config.label2id) == {"kind 0", "kind 1", "kind 2"}
     assert AutoTokenizer.from_pretrained(output).get_vocab() == tokenizer.get_vocab()
 
-    requested_budgets.main(["--model", output, "--dataset", str(folder / "texts.csv"), "--budgets", "1", "1/4"])
+    requested_budgets.main(["--model", output, "--dataset", str(folder / "texts.csv"), "--budgets", "1", "1/4", "0.4"])
     again = rows_of(capsys.readouterr().out)
-    kept = {"own budget": "own budget", "1.000": "all heads", "0.250": "1/4"}
-    assert again == {now: table[f"BudgetFormer, {before}"] for now, before in kept.items()}
+    kept = {"full model": "ours at 1", "0.250": "ours at 1/4", "0.400": "looks, mean of .4"}
+    assert list(again) == ["full model", "plain call", "0.250", "0.400"]
+    assert {now: again[now] for now in kept} == {now: table[before] for now, before in kept.items()}
+
+
+def test_margins_are_measured_on_training_texts_kept_back(folder, monkeypatch):
+    given = {}
+    narrow = finetune_text_classification.train_narrow
+
+    def keep(stock, train, held_out, *rest):
+        given.update(train=train, held_out=held_out)
+        return narrow(stock, train, held_out, *rest)
+
+    monkeypatch.setattr(finetune_text_classification, "train_narrow", keep)
+    source = ["--model", str(folder / "stock"), "--dataset", str(folder / "texts.csv"), "--narrow-epochs", "1"]
+    finetune_text_classification.main(["w1", *source, "--epochs", "1", "--output", str(folder / "kept")])
+    texts = common.read_texts(str(folder / "texts.csv"))
+    assert len(given["train"]) + len(given["held_out"]) == len(texts["train"])
+    assert 0 < len(given["held_out"]) < len(given["train"])
 
 
 class Terminal(io.StringIO):
@@ -112,11 +130,11 @@ class Terminal(io.StringIO):
 def test_at_a_terminal_three_test_texts_come_first_then_what_is_typed(folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", Terminal("w3 w4\nw5\n\nw6\n"))
     source = ["--model", str(folder / "stock"), "--dataset", str(folder / "texts.csv")]
-    finetune_text_classification.main([*source, "--max-train", "16", "--output", str(folder / "terminal")])
+    finetune_text_classification.main([*source, "--max-train", "16", "--narrow-epochs", "1", "--output", str(folder / "terminal")])
     printed = capsys.readouterr().out.splitlines()
     lines = [line for line in printed if line.startswith("kind ")]
     assert len(lines) == 5
-    assert [line.split("%   ")[-1] for line in lines[3:]] == ["w3 w4", "w5"]
+    assert [line.split("   ")[-1] for line in lines[3:]] == ["w3 w4", "w5"]
 
 
 def test_reads_pairs_files_and_folders(folder, texts, tokenizer, tmp_path):
@@ -152,7 +170,7 @@ def test_data_that_cannot_be_read_says_why(folder, texts, tmp_path):
 def test_a_folder_that_is_no_budgetformer_says_how_to_make_one(folder, tmp_path):
     with pytest.raises(SystemExit, match=r"holds no model.*finetune_text_classification\.py --output"):
         requested_budgets.main(["--model", str(tmp_path)])
-    with pytest.raises(SystemExit, match="is a bert, which knows no head budgets"):
+    with pytest.raises(SystemExit, match="is a bert, which knows no budgets"):
         requested_budgets.main(["--model", str(folder / "stock")])
     with pytest.raises(SystemExit, match="holds no model"):
         finetune_text_classification.main(["--model", str(tmp_path), "--dataset", str(folder / "texts.csv")])
@@ -161,7 +179,7 @@ def test_a_folder_that_is_no_budgetformer_says_how_to_make_one(folder, tmp_path)
 def test_a_budget_out_of_range_is_refused(capsys):
     with pytest.raises(SystemExit):
         requested_budgets.main(["--budgets", "3"])
-    assert "must be a share of the heads in (0, 1], 0.5 or 1/2, got '3'" in capsys.readouterr().err
+    assert "must be a share of the work in (0, 1], 0.5 or 1/2, got '3'" in capsys.readouterr().err
 
 
 def test_without_the_demo_extra_its_name_is_given(monkeypatch):
