@@ -3,7 +3,6 @@
 Counts of open units for each layer are all that passes on to `narrow.py`, which runs them.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +87,8 @@ class OpeningOrder:
         config: A `BudgetFormerConfig`.
 
     Attributes:
-        costs: Of the first 0, 1, 2... units, rising from 0; shares of the full encoder's work.
+        looks: What the first 0, 1, 2... units are.
+        costs: Of each of them, rising from 0; shares of the full encoder's work.
     """
 
     def __init__(self, config: Any) -> None:
@@ -103,8 +103,8 @@ class OpeningOrder:
         self.total_flops = layers * total
         self.sublayers = config.opening_order or default_opening_order(config)
         opened = [0] * (2 * layers)
-        self.costs = [0.0]
         flops = 0
+        self.looks = [Look(self._counts(opened), 0.0)]
         for sublayer in self.sublayers:
             opened[sublayer] += 1
             if sublayer % 2:
@@ -112,19 +112,17 @@ class OpeningOrder:
                 flops += self.neuron_flops * (self.bounds[block] - self.bounds[block - 1])
             else:
                 flops += self.head_flops
-            self.costs.append(flops / self.total_flops)
-        self._looks: dict[int, Look] = {}
+            self.looks.append(Look(self._counts(opened), flops / self.total_flops))
+        self.costs = [look.cost for look in self.looks]
+
+    def _counts(self, opened: Sequence[int]) -> Counts:
+        neurons = tuple(self.bounds[blocks] for blocks in opened[1::2])
+        return Counts(tuple(opened[::2]), neurons)
 
     def look(self, budget: float) -> Look:
         """The longest prefix of the order that `budget` pays for."""
-        paid = bisect_right(self.costs, budget + _SLACK) - 1
-        if paid not in self._looks:
-            opened = [0] * (2 * self.layers)
-            for sublayer in self.sublayers[:paid]:
-                opened[sublayer] += 1
-            neurons = tuple(self.bounds[blocks] for blocks in opened[1::2])
-            self._looks[paid] = Look(Counts(tuple(opened[::2]), neurons), self.costs[paid])
-        return self._looks[paid]
+        paid = sum(cost <= budget + _SLACK for cost in self.costs) - 1  # bisect cannot be traced
+        return self.looks[paid]
 
 
 def has_confidence(config: Any) -> bool:
