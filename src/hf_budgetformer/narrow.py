@@ -227,6 +227,7 @@ class NarrowEncoder(nn.Module):
         logits: torch.Tensor = self.head(first[:, None] if pooled is None else pooled)  # type: ignore[misc]
         return logits
 
+    @torch.compiler.disable  # or every step would be compiled anew
     def draw(self) -> Look:
         """What a training step opens: drawn anew for each step, from the number of steps and nothing else."""
         share = random.Random(int(self.steps)).choice(TRAINED_SHARES)
