@@ -1,18 +1,13 @@
-"""The recipe: distillation through a column, and budgets that go where they are needed."""
+"""The recipe: teacher logits through a column, a full model that stays as it is, and the two stages."""
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from datasets import ClassLabel, Dataset
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from conftest import STOCK, batch_of, budgetformer, stock_config
-from hf_budgetformer import (
-    BudgetCallback,
-    BudgetFormerConfig,
-    BudgetFormerForSequenceClassification,
-    add_teacher_logits,
-)
-from hf_budgetformer.losses import need_loss, teacher_divergence
+from conftest import STOCK, budgetformer, stock_classifier, stock_config
+from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits
+from hf_budgetformer.tools.recipe import label_names, train_classifier
 
 
 def stock_teacher(backbone_type="bert", **fields):
@@ -75,129 +70,130 @@ def test_rows_that_cannot_be_asked_about_are_refused(tokenizer, tokenized):
         add_teacher_logits(rows, stock_teacher(), tokenizer)
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(4, 2), torch.zeros(3, 3), torch.zeros(4), torch.zeros(4, 3).long()])
-def test_teacher_logits_of_another_size_are_refused(wrong, backbone_type):
-    model = budgetformer(backbone_type).train()
-    with pytest.raises(ValueError, match=r"teacher_logits must be a float tensor of shape \(4, 3\).*got torch\."):
-        model(**batch_of([5, 4, 3, 2], backbone_type), labels=torch.zeros(4).long(), teacher_logits=wrong)
-    assert not model.base_model.training_log.keys() & {"task_loss", "distillation_loss", "need_loss"}
+def test_a_budgetformer_teaches_what_its_full_model_says(tokenizer, tokenized):
+    model = budgetformer("bert", looks=[0.1])
+    rows = add_teacher_logits(tokenized, model, tokenizer)
+    with torch.no_grad():
+        alone = model(torch.tensor([tokenized[0]["input_ids"]]), budget=1.0).logits[0]
+    torch.testing.assert_close(torch.tensor(rows[0]["teacher_logits"]), alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_loss_is_shared_between_task_and_teacher(backbone_type):
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "distillation_weight": 0.5}
-    model, batch = budgetformer(backbone_type, **still).train(), batch_of([5, 4, 3], backbone_type)
-    labels, teacher = torch.tensor([0, 1, 2]), torch.randn(3, 3)
-    outputs = model(**batch, labels=labels, teacher_logits=teacher)
-    log = model.base_model.training_log
-    divergence = teacher_divergence(outputs.logits, teacher, "").mean()
-    task = torch.nn.functional.cross_entropy(outputs.logits, labels)
-    torch.testing.assert_close(log["distillation_loss"], divergence)
-    torch.testing.assert_close(log["task_loss"], task)
-    expected = 0.5 * task + 0.5 * divergence + log["need_loss"] + 5.0 * log["budget_loss"]
-    torch.testing.assert_close(outputs.loss, expected)
-    model.config.distillation_weight = 0.0
-    model.config.need_scale = 0.0
-    outputs, log = model(**batch, labels=labels, teacher_logits=teacher), model.base_model.training_log
-    torch.testing.assert_close(outputs.loss, log["task_loss"] + 5.0 * log["budget_loss"])
+def test_a_teacher_without_a_trained_head_is_refused(tokenizer, tokenized, tmp_path):
+    stock_classifier("bert").bert.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"trained classifier, got .* without classifier.bias, classifier.weight"):
+        add_teacher_logits(tokenized, str(tmp_path), tokenizer)
 
 
-def test_need_is_told_the_teachers_divergence_or_else_the_task_loss(monkeypatch):
-    from hf_budgetformer import modeling_budgetformer
-
-    told = []
-    monkeypatch.setattr(
-        modeling_budgetformer, "need_loss", lambda need, cost: (told.append(cost), need_loss(need, cost))[1]
-    )
-    model, batch = budgetformer("bert").train(), batch_of([5, 4, 3])
-    labels, teacher = torch.tensor([0, 1, 2]), torch.randn(3, 3)
-    logits = model(**batch, labels=labels, teacher_logits=teacher).logits
-    torch.testing.assert_close(told.pop(), teacher_divergence(logits, teacher, ""))
-    logits = model(**batch, labels=labels).logits
-    torch.testing.assert_close(told.pop(), torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-    model(**batch)
-    assert told == []
+# A full model that stays as it is
 
 
-def test_teacher_logits_change_nothing_at_inference(backbone_type):
-    model, batch = budgetformer(backbone_type), batch_of([5, 4], backbone_type)
-    labels = torch.tensor([0, 1])
-    plain, taught = model(**batch, labels=labels), model(**batch, labels=labels, teacher_logits=torch.randn(2, 3))
-    assert torch.equal(plain.loss, taught.loss)
-    assert torch.equal(plain.logits, taught.logits)
-
-
-@pytest.mark.parametrize("taught", [True, False])
-def test_the_plain_trainer_takes_the_column_or_does_without(taught, tokenizer, tokenized, tmp_path):
-    set_seed(0)
-    model = budgetformer("bert", stir=False)
-    rows = add_teacher_logits(tokenized, stock_teacher(), tokenizer) if taught else tokenized
+def test_the_plain_trainer_trains_the_narrow_encoder_alone_from_the_column(
+    backbone_type, tokenizer, tokenized, tmp_path
+):
+    fine_tuned = stock_classifier(backbone_type)
+    fine_tuned.save_pretrained(tmp_path / "fine-tuned")
+    rows = add_teacher_logits(tokenized, str(tmp_path / "fine-tuned"), tokenizer)
+    model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "fine-tuned", freeze_full=True)
     arguments = TrainingArguments(
-        tmp_path, max_steps=30, learning_rate=3e-3, per_device_train_batch_size=16, logging_steps=10,
+        tmp_path / "run", max_steps=40, learning_rate=3e-3, per_device_train_batch_size=16, logging_steps=10,
         report_to="none", save_strategy="no", use_cpu=True,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[BudgetCallback()])
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    BudgetCallback().attach(trainer)
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logs[-1]["loss"] < logs[0]["loss"]
-    assert all(("distillation_loss" in entry) == taught for entry in logs)
-    assert logs[-1]["progress"] == pytest.approx(29 / 30, abs=1e-3)  # exploration ends with the training
-    assert logs[-1]["temperature"] < 0.35
+    trainer.evaluate()
+    for name, value in fine_tuned.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    logs = [entry["divergence"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1] < logs[0] / 2
+    assert model.narrow.steps == 40
+    assert model.config.margins is not None
 
 
-# Budgets that follow the need
+# The two stages
 
 
-HARD = 20  # token ids from here on
+@pytest.fixture
+def plain(tmp_path, tokenizer):
+    """Folder of a plain classifier of three labels and its tokenizer."""
+    stock_classifier("bert").save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    return str(tmp_path / "plain")
 
 
-def planted_model(need_scale):
-    """A frozen backbone of one layer in which easy tokens pass through head 0 only and hard ones through all four."""
-    set_seed(0)
-    stock = stock_config("bert", hidden_size=32, num_hidden_layers=1, hidden_dropout_prob=0.0,
-                         attention_probs_dropout_prob=0.0)  # fmt: skip
-    config = BudgetFormerConfig.from_backbone_config(stock, need_scale=need_scale, exploration_steps=150)
-    model = BudgetFormerForSequenceClassification(config)
-    # Directions free of a mean, so that the layer norm of the embeddings keeps to them.
-    basis = torch.linalg.qr(torch.cat([torch.ones(32, 1), torch.randn(32, 31)], 1)).Q[:, 1:]  # (32, 31)
-    easy, hard = basis[:, :12], basis[:, 12:24]
-    with torch.no_grad():
-        embeddings, [layer] = model.bert.embeddings, model.bert.encoder.layer
-        for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):
-            table.weight.zero_()
-        words = embeddings.word_embeddings.weight
-        words[:HARD] = torch.randn(HARD, 12) @ easy.T
-        words[HARD:] = torch.randn(len(words) - HARD, 12) @ hard.T
-        value = torch.randn(32, 32)
-        value[8:] = value[8:] @ hard @ hard.T  # heads 1 to 3 are blind to easy tokens
-        layer.attention.self.value.weight.copy_(value)
-        layer.attention.output.dense.weight.copy_(torch.randn(32, 32))
-        for weight in (model.bert.pooler.dense.weight, model.classifier.weight):
-            weight.copy_(0.4 * torch.randn_like(weight))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".router." in name or "own_budget" in name)
-    return model
+def arguments_for(folder, **fields):
+    return TrainingArguments(
+        str(folder), **{"max_steps": 2, "report_to": "none", "use_cpu": True, "learning_rate": 1e-3, **fields}
+    )
 
 
-def planted_inputs(rows, seed):
-    generator = torch.Generator().manual_seed(seed)
-    hard = torch.arange(rows) % 2 == 1
-    ids = torch.randint(5, HARD, (rows, 8), generator=generator)
-    return torch.where(hard[:, None], ids + HARD, ids), hard
+def test_two_stages_leave_the_teacher_in_the_model_bit_for_bit(plain, texts, tmp_path):
+    found = train_classifier(plain, texts, arguments_for(tmp_path / "out"), validation=texts)
+    teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teacher")
+    model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out")
+    before = AutoModelForSequenceClassification.from_pretrained(plain)
+    assert not torch.equal(teacher.classifier.weight, before.classifier.weight)
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert model.is_trained()
+    assert model.config.freeze_full
+    assert model.config.margins is not None
+    assert found["teacher"] == str(tmp_path / "out" / "teacher")
+    assert 0.0 <= found["validation"]["eval_accuracy"] <= 1.0
 
 
-def test_the_hard_half_is_given_more_heads():
-    """Half of the inputs need one head, half need all: nothing but their cost tells the router which is which."""
-    model = planted_model(need_scale=2.0)
-    optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=5e-4, weight_decay=0.0)
-    for step in range(150):
-        ids, _ = planted_inputs(32, step)
-        with torch.no_grad():
-            teacher = model.eval()(ids, head_budget=1.0).logits
-        model.train()(ids, labels=teacher.argmax(-1), teacher_logits=teacher).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ids, hard = planted_inputs(200, seed=12345)  # not trained on
-    with torch.no_grad():
-        heads = model.eval()(ids, head_budget=0.5).head_budget
-    assert heads[hard].mean() - heads[~hard].mean() >= 0.25  # one head of four
-    assert heads.mean().item() == pytest.approx(0.5, rel=0.2)
+def test_a_fine_tuned_checkpoint_stays_as_it_is(plain, texts, tmp_path):
+    found = train_classifier(plain, texts, arguments_for(tmp_path / "out"), fine_tuned=True)
+    model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out")
+    for name, value in AutoModelForSequenceClassification.from_pretrained(plain).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert not (tmp_path / "out" / "teacher").exists()
+    assert found["teacher"] == plain
+    again = train_classifier(str(tmp_path / "out"), texts, arguments_for(tmp_path / "again"), fine_tuned=True)
+    assert again["base_model"] == str(tmp_path / "out")
+
+
+def test_both_learn_together_without_a_teacher(plain, texts, tmp_path):
+    found = train_classifier(plain, texts, arguments_for(tmp_path / "out", logging_steps=1), together=True)
+    model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out")
+    before = AutoModelForSequenceClassification.from_pretrained(plain)
+    assert not torch.equal(model.classifier.weight, before.classifier.weight)
+    assert not model.config.freeze_full
+    assert {"task_loss", "divergence"} <= found["log_history"][0].keys()
+
+
+def test_the_papers_routers_are_taught_too(plain, texts, tmp_path):
+    found = train_classifier(plain, texts, arguments_for(tmp_path / "out", logging_steps=1), router="layer")
+    assert "distillation_loss" in found["log_history"][0]
+    assert BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out").narrow is None
+
+
+def test_labels_that_differ_are_said_and_what_to_do(plain, texts, tmp_path):
+    two = texts.filter(lambda row: row["label"] < 2)
+    message = r"plain has 3 labels, \['LABEL_0', .*\], the data have 2, \['LABEL_0', 'LABEL_1'\]: .*--new-head"
+    with pytest.raises(ValueError, match=message):
+        train_classifier(plain, two, arguments_for(tmp_path / "out"))
+    train_classifier(plain, two, arguments_for(tmp_path / "out"), new_head=True)
+    assert BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 2
+    named = texts.map(lambda row: {"label": "abc"[row["label"]]})
+    with pytest.raises(ValueError, match=r"plain has the labels \['LABEL_0', .*got 'a' in 64 of 64 rows.*--fine-tuned"):
+        train_classifier(plain, named, arguments_for(tmp_path / "named"), fine_tuned=True)
+
+
+def test_a_checkpoint_without_a_head_is_fine_tuned_for_any_labels_but_is_not_fine_tuned(texts, tokenizer, tmp_path):
+    stock_classifier("bert").bert.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"must be a trained classifier, got .*base without classifier.bias"):
+        train_classifier(str(tmp_path / "base"), texts, arguments_for(tmp_path / "out"), fine_tuned=True)
+    train_classifier(str(tmp_path / "base"), texts, arguments_for(tmp_path / "out"))
+    assert BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 3
+
+
+def test_labels_of_a_training_set_get_names():
+    rows = lambda labels: Dataset.from_dict({"label": labels})  # noqa: E731
+    assert label_names(rows(["b", "a", "b"])) == ["a", "b"]
+    assert label_names(rows([1, 0, 1])) == ["LABEL_0", "LABEL_1"]
+    assert label_names(rows([1, 0]).cast_column("label", ClassLabel(names=["x", "y", "z"]))) == ["x", "y", "z"]
+    for labels in (["a", "a"], [1, 2], [-1, 0], [0.5, 1.5]):
+        with pytest.raises(ValueError, match="at least two different strings, or integers from 0 on"):
+            label_names(rows(labels))

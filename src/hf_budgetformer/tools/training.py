@@ -1,6 +1,6 @@
 """Company for the plain Trainer: optional, training is right without it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,8 +63,8 @@ class BudgetCallback(TrainerCallback):
     `labels` that the model's own loss takes, or the data are a stream, it stays as it was loaded, born by the norms of
     its weights.
 
-    After: where the Trainer has an evaluation set, `tools.tuning.calibrate_margins` measures on it how sure the first
-    look is, so that budgets between `config.narrow_budget` and 1 can be asked for.
+    After: where the Trainer evaluates, while training or afterwards, `tools.tuning.calibrate_margins` measures on those
+    rows how sure the first look is, so that budgets between `config.narrow_budget` and 1 can be asked for.
 
     Logged at every logging step of the Trainer, from the latest forward pass: `task_loss` (where the full model sees
     labels), `divergence` (of the narrow encoder from the full one), `budget` (what it ran at). With `router="layer"`
@@ -84,6 +84,7 @@ class BudgetCallback(TrainerCallback):
 
     def __init__(self, order: bool = True) -> None:
         self.order = order
+        self._ended = False
 
     def attach(self, trainer: Trainer) -> "BudgetCallback":
         """Adds this callback to `trainer`, before those that report logs elsewhere; returns it."""
@@ -123,8 +124,18 @@ class BudgetCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stores the margins of the first look, where there are rows to measure them on."""
+        self._ended = True
+        self._calibrate(_find_model(kwargs["model"]), kwargs.get("eval_dataloader"))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stores the margins at the first evaluation after training, if there was none before its end."""
         model = _find_model(kwargs["model"])
-        rows = kwargs.get("eval_dataloader")
+        if self._ended and model.config.margins is None:  # the Trainer makes its loader no earlier
+            self._calibrate(model, kwargs.get("eval_dataloader"))
+
+    def _calibrate(self, model: Any, rows: Any) -> None:
         doubtful = model.config.full_encoder and has_confidence(model.config)
         if rows is not None and model.narrow is not None and model.narrow.head is not None and doubtful:
             calibrate_margins(model, rows)
@@ -194,7 +205,8 @@ def add_teacher_logits(
     def ask(rows: dict[str, list[Any]]) -> dict[str, list[list[float]]]:
         logits: list[list[float]] = [[] for _ in next(iter(rows.values()))]
         for places, batch in batches_by_length(rows, tokenizer, batch_size, max_length):
-            for place, answer in zip(places, model(**batch.to(model.device), **asks).logits.float().tolist(), strict=True):
+            answers = model(**batch.to(model.device), **asks).logits.float().tolist()
+            for place, answer in zip(places, answers, strict=True):
                 logits[place] = answer
         return {"teacher_logits": logits}
 
