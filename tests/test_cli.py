@@ -10,29 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TextClassificationPipeline, pipeline
 from typer.testing import CliRunner
 
-import hf_budgetformer.tools
-from conftest import budgetformer, stock_folder
+import hf_budgetformer.tools.export
+from conftest import budgetformer, stock_classifier, stock_folder
 from hf_budgetformer import BudgetFormerForSequenceClassification
 from hf_budgetformer.tools import cli, prediction
-from hf_budgetformer.tools.data import load_classifier
+from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.evaluation import Evaluation, evaluate_budgets
 from hf_budgetformer.tools.prediction import predict, predict_file
-from hf_budgetformer.tools.recipe import label_names
+from hf_budgetformer.tools.results import read_results
 from hf_budgetformer.tools.tuning import tune_budget
 
 
-COMMANDS = ["train", "evaluate", "tune", "profile", "bake", "export", "card", "predict", "page"]
+COMMANDS = ["train", "evaluate", "tune", "profile", "cut", "export", "card", "predict", "page"]
 NAMES = ["low", "middle", "high"]
 
 
 @pytest.fixture
 def model(tmp_path, tokenizer):
     """Folder of a BudgetFormer whose labels have names."""
-    model = budgetformer("bert", num_labels=3)
+    model = budgetformer("bert", num_labels=3, looks=[0.25, 1.0], confidence=[0.5])
     model.config.id2label, model.config.label2id = dict(enumerate(NAMES)), {x: i for i, x in enumerate(NAMES)}
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -65,8 +64,13 @@ def good(found):
     return out
 
 
-def left_by(folder, name):
-    return json.loads((Path(folder) / "budgetformer" / f"{name}.json").read_text())
+def training_of(folder):
+    return json.loads((Path(folder) / "budgetformer" / "training.json").read_text())
+
+
+def only_result(folder, kind):
+    [record] = read_results(folder, kind)
+    return record
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -88,18 +92,33 @@ def test_help_needs_none_of_the_heavy_packages():
     )
     done = subprocess.run([sys.executable, "-c", code, cli.__file__], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--one-stage" in done.stdout
+    assert "--fine-tuned" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "tune", "profile", "cut", "predict", "page"])
+def test_every_command_that_runs_a_model_can_be_told_where(command):
+    result = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "500"})
+    assert "--device" in result.output
 
 
 def test_evaluate_prints_and_keeps_what_the_function_finds(model, data, texts, run):
-    lines = good(run("evaluate", model, data, "--budgets", "1,0.5,own")).splitlines()
-    assert [line.split()[0] for line in lines] == ["budget", "1.000", "0.500", "own", "64"]
-    kept = Evaluation.from_dict(left_by(model, "evaluation"))
+    lines = good(run("evaluate", model, data, "--budgets", "1,1/6,0.25,plain", "--device", "cpu")).splitlines()
+    assert [line.split()[0] for line in lines] == ["budget", "1.000", "0.167", "0.250", "plain", "64"]
+    record = only_result(model, "evaluation")
+    kept = Evaluation.from_dict(record.result)
     loaded, tokenizer = load_classifier(model)
-    assert kept.results == evaluate_budgets(loaded, texts, tokenizer, (1.0, 0.5, None)).results
+    assert kept.results == evaluate_budgets(loaded, texts, tokenizer, (1.0, 1 / 6, 0.25, None)).results
     assert (kept.settings["checkpoint"], kept.settings["data"]) == (model, data)
-    printed = good(run("evaluate", model, data, "--budgets", "1,0.5,own", "--json"))
+    assert (record.rows, record.looks, record.stale) == (64, [0.25, 1.0], False)
+    printed = good(run("evaluate", model, data, "--budgets", "1,1/6,0.25,plain", "--json"))
     assert Evaluation.from_dict(json.loads(printed)) == kept
+
+
+def test_an_evaluation_on_other_data_replaces_none(model, data, texts, tmp_path, run):
+    texts.select(range(20)).to_csv(tmp_path / "few.csv")
+    good(run("evaluate", model, data))
+    good(run("evaluate", model, tmp_path / "few.csv"))
+    assert [record.rows for record in read_results(model, "evaluation")] == [64, 20]
 
 
 def test_evaluate_takes_a_stock_model_too(tmp_path, data, tokenizer, run):
@@ -107,42 +126,47 @@ def test_evaluate_takes_a_stock_model_too(tmp_path, data, tokenizer, run):
     folder = stock_folder("bert", tmp_path / "stock", **labels)
     tokenizer.save_pretrained(folder)
     [result] = json.loads(good(run("evaluate", folder, data, "--json")))["results"]
-    assert (result["asked"], result["heads"]) == (None, 1.0)
+    assert (result["asked"], result["spent"]) == (None, 1.0)
 
 
 def test_tune_keeps_the_answer_and_writes_it_into_the_configuration_if_asked(model, data, texts, run):
     before = json.loads((Path(model) / "config.json").read_text())
-    asked = [model, data, "--tolerance", "0.3", "--budgets", "0.25,0.5", "--json"]
+    asked = [model, data, "--tolerance", "0.3", "--budgets", "1/8,0.25,0.5", "--json"]
     found = json.loads(good(run("tune", *asked)))
     assert json.loads((Path(model) / "config.json").read_text()) == before
-    assert found == left_by(model, "tuning")
+    assert found == only_result(model, "tuning").result
     loaded, tokenizer = load_classifier(model)
-    direct = tune_budget(loaded, texts, tokenizer, [0.25, 0.5], tolerance=0.3)
+    direct = tune_budget(loaded, texts, tokenizer, [0.125, 0.25, 0.5], tolerance=0.3, write=True)
     assert found["budget"] == direct.budget
     good(run("tune", *asked, "--write"))
-    assert json.loads((Path(model) / "config.json").read_text()) == {**before, "head_budget": direct.budget}
-    assert BudgetFormerForSequenceClassification.from_pretrained(model).config.head_budget == direct.budget
+    assert not only_result(model, "tuning").stale
+    written = BudgetFormerForSequenceClassification.from_pretrained(model).config
+    for name in ("looks", "confidence", "margins"):
+        assert getattr(written, name) == getattr(loaded.config, name)
+    changed = json.loads((Path(model) / "config.json").read_text())
+    assert {name for name, value in changed.items() if before.get(name) != value} <= {"looks", "confidence", "margins"}
 
 
 def test_profile_keeps_the_cost_card(model, data, run):
     (Path(model) / "budgetformer").mkdir()
     (Path(model) / "budgetformer" / "training.json").write_text('{"seconds": 60.0}')
-    found = json.loads(good(run("profile", model, data, "--budgets", "0.5,own", "--rows", 8, "--repeats", 1, "--json")))
-    assert found == left_by(model, "costs")
-    assert [result["asked"] for result in found["results"]] == [0.5, None]
+    options = ["--budgets", "0.25,plain", "--rows", 8, "--repeats", 1, "--json"]
+    found = json.loads(good(run("profile", model, data, *options)))
+    assert found == only_result(model, "costs").result
+    assert [result["asked"] for result in found["results"]] == [0.25, None]
     assert found["settings"]["training_seconds"] == 60.0
 
 
-def test_bake_saves_a_static_model_and_what_it_costs_in_accuracy(model, data, tmp_path, run):
-    out = good(run("bake", model, data, "--output", tmp_path / "baked", "--head-budget", 0.5, "--test", data))
-    baked, _ = load_classifier(str(tmp_path / "baked"))
-    kept = [len(heads) for heads in baked.config.static_heads]
-    assert f"{sum(kept)} heads are left, by layer {', '.join(map(str, kept))}." in out
-    static = left_by(model, "static")
-    assert static == left_by(tmp_path / "baked", "evaluation")
-    assert static["settings"]["budget"] == 0.5
-    again = json.loads(good(run("evaluate", tmp_path / "baked", data, "--json")))
-    assert again["results"] == static["results"]
+def test_cut_saves_a_static_model_and_tries_it(model, data, tmp_path, run):
+    out = good(run("cut", model, "--output", tmp_path / "small", "--budget", 0.25, "--test", data))
+    small, _ = load_classifier(str(tmp_path / "small"))
+    assert not small.config.full_encoder
+    assert f"{small.num_parameters():,} parameters are left" in out
+    [result] = only_result(tmp_path / "small", "evaluation").result["results"]
+    narrow = json.loads(good(run("evaluate", model, data, "--budgets", "0.25", "--json")))["results"][0]
+    assert result["correct"] == narrow["correct"]
+    printed = json.loads(good(run("cut", model, "--output", tmp_path / "less", "--budget", 0.1, "--json")))
+    assert printed["parameters"] < small.num_parameters()
 
 
 def test_export_and_card_pass_on_what_they_are_given(model, data, tmp_path, run, monkeypatch):
@@ -150,30 +174,30 @@ def test_export_and_card_pass_on_what_they_are_given(model, data, tmp_path, run,
     monkeypatch.setattr(
         hf_budgetformer.tools.export, "export_onnx", lambda model, *rest: (print("noise"), asked.append(rest), "x")[2]
     )
-    assert good(run("export", model, "x.onnx", "--head-budget", 0.5, "--quantize")) == "Saved as x.\n"
-    assert asked == [("x.onnx", 0.5, True)]
+    assert good(run("export", model, "x.onnx", "--budget", 0.25, "--quantize")) == "Saved as x.\n"
+    assert asked == [("x.onnx", 0.25, True)]
     good(run("evaluate", model, data))
     path = json.loads(good(run("card", model, "--license", "mit", "--json")))["output"]
     assert "license: mit" in Path(path).read_text()
 
 
 def test_predict_answers_in_order_whatever_it_is_batched_with(backbone_type, texts, tokenizer, monkeypatch):
-    monkeypatch.setattr(prediction, "_WINDOW", 3)
-    ours = budgetformer(backbone_type)
+    monkeypatch.setattr(prediction, "WINDOW", 3)
+    ours = budgetformer(backbone_type, looks=[0.25, 1.0], confidence=[0.5])
     rows = (({"text": text}, None) for text in texts["text"])
-    for number, answer in enumerate(predict(ours, tokenizer, rows, batch_size=4, budgets=True, gates=True)):
+    answers = list(predict(ours, tokenizer, rows, batch_size=4, spent=True))
+    assert len(answers) == 64
+    for number, answer in enumerate(answers):
         with torch.no_grad():
-            out = ours(**tokenizer([texts["text"][number]], return_tensors="pt"), output_head_gates=True)
+            out = ours(**tokenizer([texts["text"][number]], return_tensors="pt"))
         score, label = out.logits.softmax(-1)[0].max(-1)
         assert (answer["row"], answer["label"]) == (number, f"LABEL_{label}")
         assert answer["score"] == pytest.approx(score.item(), abs=1e-5)
-        assert answer["head_budget"] == pytest.approx(out.head_budget.item(), abs=1e-6)
-        assert answer["head_gates"] == out.head_gates[0].tolist()
-    assert number == 63
+        assert answer["budget"] == pytest.approx(out.budget.item(), abs=1e-6)
 
 
 def test_predict_reads_no_more_than_a_window_ahead(texts, tokenizer, monkeypatch):
-    monkeypatch.setattr(prediction, "_WINDOW", 3)
+    monkeypatch.setattr(prediction, "WINDOW", 3)
     taken = itertools.count()
     rows = (({"text": f"w{next(taken)}"}, None) for _ in range(1000))
     answers = predict(budgetformer("bert"), tokenizer, rows, batch_size=4)
@@ -185,12 +209,12 @@ def test_predict_reads_no_more_than_a_window_ahead(texts, tokenizer, monkeypatch
 def test_predict_takes_arguments_standard_input_and_files(model, tmp_path, run, monkeypatch):
     lines = ["w1 w2", "", "w3 w4 w5"]
     (tmp_path / "texts.txt").write_text("\n".join(lines))
-    answers = good(run("predict", model, *lines, "--budgets", "--head-budget", 1.0))
+    answers = good(run("predict", model, *lines, "--spent", "--budget", 1.0))
     for answer in map(json.loads, answers.splitlines()):
-        assert answer.keys() == {"row", "label", "score", "head_budget"}
+        assert answer.keys() == {"row", "label", "score", "budget"}
         assert answer["label"] in NAMES
-        assert answer["head_budget"] == 1.0
-    options = ["--budgets", "--head-budget", 1.0]
+        assert answer["budget"] == 1.0
+    options = ["--spent", "--budget", 1.0]
     assert good(run("predict", model, "--file", tmp_path / "texts.txt", *options)) == answers
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     assert good(run("predict", model, *options)) == answers
@@ -201,7 +225,7 @@ def test_predict_takes_arguments_standard_input_and_files(model, tmp_path, run, 
 @pytest.fixture
 def resumable(tmp_path, texts, tokenizer, monkeypatch):
     """Predicts the texts into a file, by a model that is interrupted after so many batches."""
-    monkeypatch.setattr(prediction, "_WINDOW", 2)
+    monkeypatch.setattr(prediction, "WINDOW", 2)
     ours = budgetformer("bert")
     forward = ours.forward
     texts.to_parquet(tmp_path / "texts.parquet")
@@ -214,7 +238,7 @@ def resumable(tmp_path, texts, tokenizer, monkeypatch):
             return forward(*arguments, **named)
 
         ours.forward = stop
-        options = {"batch_size": 4, "gates": True, **options}
+        options = {"batch_size": 4, "spent": True, **options}
         return predict_file(ours, tokenizer, str(tmp_path / "texts.parquet"), tmp_path / output, **options)
 
     return start
@@ -243,8 +267,8 @@ def test_only_the_same_run_is_taken_up(resumable, tmp_path, texts):
         resumable("part.jsonl", batches=5)
     kept = (tmp_path / "part.jsonl.partial").read_bytes()
     for options, changed in (
-        (({"gates": False}), "gates"),
-        ({"batch_size": 8, "head_budget": 0.5}, "batch_size, head_b"),
+        ({"spent": False}, "spent"),
+        ({"batch_size": 8, "budget": 0.25}, "batch_size, budget"),
     ):
         with pytest.raises(
             ValueError, match=rf"is of a run with another {changed}.*remove it and .*json to start anew"
@@ -262,7 +286,7 @@ def test_only_the_same_run_is_taken_up(resumable, tmp_path, texts):
 
 
 def test_broken_rows_end_a_prediction_or_get_an_error_for_an_answer(model, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(prediction, "_WINDOW", 1)
+    monkeypatch.setattr(prediction, "WINDOW", 1)
     source, output = tmp_path / "texts.jsonl", tmp_path / "answers.jsonl"
     source.write_text(
         '{"text": "w1"}\n{"text": "w2"}\n{"text": "w3"}\n{"text": "w4"\nnull\n{"text": "w5"}\n{"text": "w'
@@ -279,48 +303,66 @@ def test_broken_rows_end_a_prediction_or_get_an_error_for_an_answer(model, tmp_p
     assert ["label" in answer for answer in answers] == [True, True, True, False, False, True, False]
 
 
+def test_budget_reaches_the_model_through_a_pipeline(model, texts):
+    ask = pipeline("text-classification", model=model)
+    loaded, tokenizer = load_classifier(model)
+    for budget in (0.09, 0.25, 1.0, None):
+        for options in ({}, {"batch_size": 4}):
+            found = ask(texts["text"][:8], budget=budget, **options)
+            for answer, text in zip(found, texts["text"][:8], strict=True):
+                with torch.no_grad():
+                    scores = loaded(**tokenizer(text, return_tensors="pt"), budget=budget).logits.softmax(-1)[0]
+                assert answer["score"] == pytest.approx(scores.max().item(), abs=1e-5)
+    assert len({tuple(x["score"] for x in ask(texts["text"][:8], budget=b)) for b in (0.09, 1.0)}) == 2
+    fixed = pipeline("text-classification", model=model, budget=0.09)
+    assert fixed("w1 w2") == ask("w1 w2", budget=0.09)
+    with pytest.raises(ValueError, match=r"budget must be a float in \(0, 1\]"):
+        ask("w1", budget=3)
+
+
+def test_a_pipeline_of_another_model_is_the_stock_one_and_refuses_a_budget(tokenizer, texts, tmp_path, caplog):
+    stock = stock_classifier("bert")
+    ours = pipeline("text-classification", model=stock, tokenizer=tokenizer)
+    plain = TextClassificationPipeline(model=stock, tokenizer=tokenizer)
+    assert ours(texts["text"][:8], top_k=None) == plain(texts["text"][:8], top_k=None)
+    with pytest.raises(ValueError, match="need a BudgetFormer, got a bert model"):
+        ours("w1", budget=0.5)
+    for name, saved in (("ours", ours), ("plain", plain)):
+        saved.save_pretrained(tmp_path / name)
+    files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("ours", "plain")]
+    assert files[0] == files[1]
+    assert "custom_pipelines" not in (tmp_path / "ours" / "config.json").read_text()
+    done = subprocess.run([sys.executable, "-c", "import hf_budgetformer"], capture_output=True, text=True, check=True)
+    assert "already registered" not in done.stderr
+
+
 def test_training_takes_two_stages_and_every_option_of_trainer(tmp_path, data, tokenizer, run):
     plain = stock_folder("bert", tmp_path / "plain")
     tokenizer.save_pretrained(plain)
     out = tmp_path / "out"
-    options = ["--max_steps", 2, "--learning-rate", "1e-3", "--use_cpu", "--logging_steps", 1, "--seed", 5]
-    told = good(
-        run(
-            "train",
-            plain,
-            data,
-            "--output",
-            out,
-            "--validation",
-            data,
-            "--config",
-            "head_budget=0.5",
-            *options,
-            "--card",
-            "--json",
-        )
-    )
-    assert json.loads(told)["rows"] == 64
+    options = ["--max_steps", 2, "--learning-rate", "1e-3", "--device", "cpu", "--logging_steps", 1, "--seed", 5]
+    extra = ["--validation", data, "--config", "narrow_budget=0.3", "--card", "--json"]
+    told = json.loads(good(run("train", plain, data, "--output", out, *extra, *options)))
+    assert told["rows"] == 64
     assert "budgetformer:begin" in (out / "README.md").read_text("utf-8")
-    kept = left_by(out, "training")
+    kept = training_of(out)
     assert (kept["base_model"], kept["dataset"], kept["rows"]) == (str(plain), data, 64)
     assert (kept["arguments"]["learning_rate"], kept["arguments"]["seed"]) == (1e-3, 5)
-    assert {"distillation_loss", "budget"} <= kept["log_history"][0].keys()
-    assert kept["validation"]["eval_accuracy"] == json.loads(told)["validation"]["eval_accuracy"]
+    assert {"divergence", "budget"} <= kept["log_history"][0].keys()
+    assert kept["validation"]["eval_accuracy"] == told["validation"]["eval_accuracy"]
     teacher = AutoModelForSequenceClassification.from_pretrained(out / "teacher")
     model, _ = load_classifier(str(out), budgeted=True)
     assert teacher.config.model_type == "bert"
     assert teacher.config.id2label == model.config.id2label == dict(enumerate(sorted(NAMES)))
-    assert model.config.head_budget == 0.5
-    found = json.loads(good(run("evaluate", out, data, "--budgets", "own", "--json")))
+    assert model.config.narrow_budget == 0.3
+    found = json.loads(good(run("evaluate", out, data, "--budgets", "plain,0.5", "--json")))
     assert found["results"][0]["accuracy"] == kept["validation"]["eval_accuracy"]
     assert found["settings"]["seed"] == 5
 
-    good(run("train", plain, data, "--output", tmp_path / "taught", "--teacher", out / "teacher", *options))
-    assert not (tmp_path / "taught" / "teacher").exists()
-    assert "distillation_loss" in left_by(tmp_path / "taught", "training")["log_history"][0]
-    good(run("train", plain, data, "--output", tmp_path / "alone", "--one-stage", *options))
-    assert "distillation_loss" not in left_by(tmp_path / "alone", "training")["log_history"][0]
+    good(run("train", out / "teacher", data, "--output", tmp_path / "beside", "--fine-tuned", *options))
+    assert not (tmp_path / "beside" / "teacher").exists()
+    good(run("train", plain, data, "--output", tmp_path / "both", "--together", *options))
+    assert {"task_loss", "divergence"} <= training_of(tmp_path / "both")["log_history"][0].keys()
 
 
 def test_training_goes_on_from_a_checkpoint_without_its_first_stage(tmp_path, data, tokenizer, run):
@@ -328,22 +370,12 @@ def test_training_goes_on_from_a_checkpoint_without_its_first_stage(tmp_path, da
     tokenizer.save_pretrained(plain)
     options = ["--output", tmp_path / "out", "--save_steps", 2, "--logging_steps", 1, "--use_cpu", "--max_steps", 4]
     good(run("train", plain, data, *options))
-    whole = left_by(tmp_path / "out", "training")["log_history"]
+    whole = training_of(tmp_path / "out")["log_history"]
     taught = (tmp_path / "out" / "teacher" / "model.safetensors").stat().st_mtime_ns
     good(run("train", plain, data, *options, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2"))
-    again = left_by(tmp_path / "out", "training")["log_history"]
+    again = training_of(tmp_path / "out")["log_history"]
     assert (tmp_path / "out" / "teacher" / "model.safetensors").stat().st_mtime_ns == taught
     assert [entry.get("loss") for entry in again[:4]] == [entry.get("loss") for entry in whole[:4]]
-
-
-def test_labels_of_a_training_set_get_names():
-    rows = lambda labels: Dataset.from_dict({"label": labels})  # noqa: E731
-    assert label_names(rows(["b", "a", "b"])) == ["a", "b"]
-    assert label_names(rows([1, 0, 1])) == ["LABEL_0", "LABEL_1"]
-    assert label_names(rows([1, 0]).cast_column("label", ClassLabel(names=["x", "y", "z"]))) == ["x", "y", "z"]
-    for labels in (["a", "a"], [1, 2], [-1, 0], [0.5, 1.5]):
-        with pytest.raises(ValueError, match="at least two different strings, or integers from 0 on"):
-            label_names(rows(labels))
 
 
 def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tokenizer, run):
@@ -351,28 +383,36 @@ def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tok
     tokenizer.save_pretrained(plain)
     (tmp_path / "file").write_text("")
     out = tmp_path / "out"
+    texts = tmp_path / "two.csv"
+    texts.write_text("text,label\nw1,0\nw2,1\n")
+    train = ["train", plain, data, "--output", out]
     for code, message, arguments in [
         (1, "none.csv: there is no such file", ["evaluate", model, tmp_path / "none.csv"]),
-        (
-            1,
-            r"must have a column 'b', got the columns \['text', 'label'\]",
-            ["tune", model, data, "--column", "text=b"],
-        ),
+        (1, r"must have a column 'b', got the columns", ["tune", model, data, "--column", "text=b"]),
         (1, "without a config.json", ["evaluate", tmp_path, data]),
         (1, "must be a BudgetFormer, got the bert model .* train .* DATA", ["tune", plain, data]),
         (1, r"budgets must be floats in \(0, 1\].*1\.5", ["evaluate", model, data, "--budgets", "1.5"]),
+        (1, r"budget=0.5 lies between .*calibrate_margins", ["evaluate", model, data, "--budgets", "0.5"]),
         (1, r"tolerance must be larger for 64 rows.* it would take \d+ rows", ["tune", model, data]),
-        (1, "output must not be the checkpoint's own folder", ["bake", model, data, "--output", model]),
+        (1, "output must not be the checkpoint's own folder", ["cut", model, "--budget", "0.25", "--output", model]),
+        (1, r"budget must be a float in \(0, 0.25\]", ["cut", model, "--budget", "0.5", "--output", out]),
         (1, "Not a directory: .*file", ["train", plain, data, "--output", tmp_path / "file" / "x"]),
-        (1, "plain model for stage one, got the BudgetFormer", ["train", model, data, "--output", out]),
-        (1, "teacher must be None", ["train", plain, data, "--output", out, "--teacher", "x", "--one-stage"]),
-        (1, r"BudgetFormerConfig, got \['nope'\]", ["train", plain, data, "--output", out, "--config", "nope=1"]),
-        (1, "head_budget.*got 5", ["train", plain, data, "--output", out, "--config", "head_budget=5"]),
-        (1, "need a BudgetFormer, got a bert model", ["predict", plain, "w1", "--budgets"]),
-        (2, "numbers in .0, 1., or own, with commas", ["evaluate", model, data, "--budgets", "all"]),
+        (1, "plain model, or fine_tuned already, got the Bud", ["train", model, data, "--output", out]),
+        (1, "fine_tuned and together", [*train, "--fine-tuned", "--together"]),
+        (1, r"has the labels \['LABEL_0', .* the data have others .*--fine-tuned", [*train, "--fine-tuned"]),
+        (1, r"has 3 labels, .* the data have 2, .* --new-head", ["train", plain, texts, "--output", out]),
+        (1, r"BudgetFormerConfig, got \['nope'\]", [*train, "--config", "nope=1"]),
+        (1, "narrow_budget.*got 5", [*train, "--config", "narrow_budget=5"]),
+        (1, "head_budget is a field of hf_budgetformer 0.1", [*train, "--config", "head_budget=0.5"]),
+        (1, "need a BudgetFormer, got a bert model", ["predict", plain, "w1", "--spent"]),
+        (1, "nope", ["predict", model, "w1", "--device", "nope"]),
+        (2, "numbers in .0, 1., or plain, with commas", ["evaluate", model, data, "--budgets", "all"]),
+        (2, "numbers in .0, 1., or plain, with commas", ["evaluate", model, data, "--budgets", "1/0"]),
+        (2, "--max-length.*0 is not in the range", ["evaluate", model, data, "--max-length", "0"]),
+        (2, "--max-length.*-3 is not in the range", ["predict", model, "w1", "--max-length", "-3"]),
         (2, "--column must be NAME=VALUE, got 'text'", ["evaluate", model, data, "--column", "text"]),
-        (2, "TrainingArguments knows --lerning_rate 1", ["train", plain, data, "--output", out, "--lerning_rate", 1]),
-        (2, "invalid float value: 'x'", ["train", plain, data, "--output", out, "--learning_rate", "x"]),
+        (2, "TrainingArguments knows --lerning_rate 1", [*train, "--lerning_rate", 1]),
+        (2, "invalid float value: 'x'", [*train, "--learning_rate", "x"]),
         (2, "CHECKPOINT and DATA come first, got --seed", ["train", "--seed", "1", plain, data, "--output", out]),
         (2, "--write needs a folder", ["tune", "me/model", data, "--write"]),
         (2, "not both", ["predict", model, "w1", "--file", data]),

@@ -389,11 +389,12 @@ def page(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
+    device: Device = None,
 ) -> None:
     """Serve a page to try a model on."""
     from hf_budgetformer.tools.page import main
 
-    main(checkpoint, host, port)
+    main(checkpoint, host, port, device)
 
 
 def main(arguments: list[str] | None = None) -> None:
