@@ -151,10 +151,44 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> bool:
     return True
 
 
+def savings(results: dict[str, dict[str, Any]]) -> str:
+    """What README shows of the whole models: times faster than stock, one row each."""
+    columns = {
+        "all open": "ours 1", "1/2": "ours 1/2", "1/4": "ours 1/4", "1/12": "ours 1/12",
+        "1/6, then all for a tenth": "looks 1/6, all for 10%",
+    }  # fmt: skip
+    rows = []
+    for result in results.values():
+        figures = result["figures"].get("2", {})
+        if result["settings"]["level"] == "model" and set(columns.values()) <= figures.get("ways", {}).keys():
+            ratios = [figures["ways"][way]["ratio"]["median"] for way in columns.values()]
+            ratios.append(figures["latency_ms"]["ours 1/4"]["ratio"])
+            rows.append([result["settings"]["title"], *(f"{ratio:.1f}x" for ratio in ratios)])
+    if not rows:
+        return "This version's speed has not been measured yet: `make bench-full DATA=folder` does, and fills this in.\n"
+    return (
+        "How many times faster than the stock model on padded batches of 32 real texts as they come; float32, plain\n"
+        "PyTorch, two threads. Where a half is timed the narrow encoder is built for it (`narrow_budget=0.5`):\n\n"
+        + table(["texts", *columns, "one text at a time, 1/4"], rows)
+    )
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """A page with `content` between its markers `name`."""
+    begin, end = f"<!-- --8<-- [start:{name}] -->\n", f"<!-- --8<-- [end:{name}] -->"
+    before, rest = text.split(begin)
+    return before + begin + content + end + rest.split(end)[1]
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results of run.py, by name."""
+    loaded = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {name: x for name, x in loaded.items() if "experiment" in x}
+
+
 def write_report(results_folder: Path, output: Path) -> Path:
     """Writes README.md, and models.png where whole models were measured, into `output`."""
-    loaded = {path.stem: json.loads(path.read_text()) for path in sorted(results_folder.glob("*.json"))}
-    results = {name: x for name, x in loaded.items() if "experiment" in x}
+    results = read_results(results_folder)
     output.mkdir(parents=True, exist_ok=True)
     text = INTRODUCTION.format(folder=results_folder.name)
     if not results:
@@ -174,12 +208,15 @@ def write_report(results_folder: Path, output: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Writes README.md and its plot into OUTPUT."""
+    """Writes README.md and its plot into OUTPUT; by default also what the project's README shows of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="?", type=Path, default=HERE / "results")
     parser.add_argument("output", nargs="?", type=Path, default=HERE)
     options = parser.parse_args(arguments)
     print(write_report(options.results, options.output))
+    if options.output == HERE:
+        readme = HERE.parent / "README.md"
+        readme.write_text(fill(readme.read_text(), "savings", savings(read_results(options.results))))
 
 
 if __name__ == "__main__":

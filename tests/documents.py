@@ -26,8 +26,8 @@ def use_stand_ins(monkeypatch, folder, texts, tokenizer):
     monkeypatch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
     for name in ("bert-base-uncased", "me/my-fine-tuned-bert"):
         (folder / name).mkdir(parents=True)
-        stock_folder("bert", folder / name, num_labels=2)
-    tokenizer.save_pretrained(folder / "bert-base-uncased")
+        stock_folder("bert", folder / name, num_labels=2, hidden_size=64, intermediate_size=256)
+        tokenizer.save_pretrained(folder / name)
     rows = texts.filter(lambda row: row["label"] < 2).rename_column("text", "sentence")
     rows = rows.cast_column("label", ClassLabel(names=["negative", "positive"]))
     many = concatenate_datasets([rows] * 30)  # as many as it takes to tell half a point
