@@ -94,7 +94,9 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     plain, by_length = (make_batches(rows, settings["batch_size"], order) for order in (False, True))
     own = dict(settings)
     ways = make_ways(own, plain)
-    figures: dict[str, Any] = {"tokens": {"real": sum(map(len, rows)), "padded": sum(b["input_ids"].numel() for b in plain)}}
+    figures: dict[str, Any] = {
+        "tokens": {"real": sum(map(len, rows)), "padded": sum(b["input_ids"].numel() for b in plain)}
+    }
     figures["spent"] = own["spent"]
     for threads in settings["threads"]:
         torch.set_num_threads(threads)

@@ -165,7 +165,7 @@ def savings(results: dict[str, dict[str, Any]]) -> str:
             ratios.append(figures["latency_ms"]["ours 1/4"]["ratio"])
             rows.append([result["settings"]["title"], *(f"{ratio:.1f}x" for ratio in ratios)])
     if not rows:
-        return "This version's speed has not been measured yet: `make bench-full DATA=folder` does, and fills this in.\n"
+        return "Not measured yet for this version: `make bench-full DATA=folder` does, and fills this in.\n"
     return (
         "How many times faster than the stock model on padded batches of 32 real texts as they come; float32, plain\n"
         "PyTorch, two threads. Where a half is timed the narrow encoder is built for it (`narrow_budget=0.5`):\n\n"

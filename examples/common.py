@@ -97,7 +97,8 @@ def tokenized(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: in
 def make_batches(rows: Dataset, tokenizer: PreTrainedTokenizerBase, size: int = 32) -> list[dict[str, torch.Tensor]]:
     """Padded batches of tokenized rows, in the order in which they come."""
     collate = DataCollatorWithPadding(tokenizer)
-    return [dict(collate(rows.select(range(at, min(at + size, len(rows)))).to_list())) for at in range(0, len(rows), size)]
+    listed = rows.to_list()
+    return [dict(collate(listed[start : start + size])) for start in range(0, len(listed), size)]
 
 
 class Answers(NamedTuple):
@@ -147,10 +148,12 @@ def print_table(rows: dict[str, Answers], reference: str) -> None:
     """Prints accuracy, agreement with the answers of one row, seconds and mean budget, one row for each name."""
     width = max(map(len, rows))
     expected = rows[reference]
-    print(f"\n{'':<{width}}  accuracy  agreement  seconds  mean budget")
+    print(f"\n{'':<{width}}  accuracy  agreement  seconds  budget")
     for name, found in rows.items():
         agreement = (found.labels == expected.labels).double().mean().item()
-        print(f"{name:<{width}}  {found.accuracy:>8.4f}  {agreement:>9.4f}  {found.seconds:>7.2f}  {found.budget:>11.3f}")
+        print(
+            f"{name:<{width}}  {found.accuracy:>8.4f}  {agreement:>9.4f}  {found.seconds:>7.2f}  {found.budget:>6.3f}"
+        )
     error = (expected.accuracy * (1.0 - expected.accuracy) / len(expected.labels)) ** 0.5
     print(f"{len(expected.labels)} texts; the standard error of an accuracy is {error:.3f}.")
-    print(f"Agreement: same label as {reference}. Mean budget: share of the full model's work.\n")
+    print(f"Agreement: same label as {reference}. Budget: mean share of the full model's work.\n")

@@ -39,7 +39,7 @@ SENTENCES = [
 ]
 
 
-def settings(args: argparse.Namespace, epochs: float, learning_rate: float, **options: Any) -> TrainingArguments:
+def settings(args: argparse.Namespace, epochs: float, learning_rate: float) -> TrainingArguments:
     """Of the plain Trainer, for either stage."""
     return TrainingArguments(
         output_dir=args.output,
@@ -53,7 +53,6 @@ def settings(args: argparse.Namespace, epochs: float, learning_rate: float, **op
         seed=args.seed,
         report_to="none",
         dataloader_pin_memory=False,
-        **options,
     )
 
 
@@ -80,13 +79,14 @@ def train_narrow(folder: str, train: Dataset, held_out: Dataset, tokenizer: Any,
     model = BudgetFormerForSequenceClassification.from_pretrained(folder, freeze_full=True)
     trainer = Trainer(
         model,
-        settings(args, args.narrow_epochs, args.narrow_learning_rate, eval_strategy="epoch"),
+        settings(args, args.narrow_epochs, args.narrow_learning_rate),
         train_dataset=add_teacher_logits(train, folder, tokenizer),
         eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[BudgetCallback()],
     )
     trainer.train()
+    trainer.evaluate()  # the callback measures how sure the first look is
     return trainer
 
 

@@ -3,8 +3,8 @@
     python examples/push_and_load.py --local shared-model
     python examples/push_and_load.py --model google-bert/bert-base-uncased --repo my-budgetformer
 
-Takes a BudgetFormer checkpoint as it is; a plain BERT or RoBERTa one gets an untrained narrow encoder. Pushing needs a login
-(`hf auth login`) or the environment variable HF_TOKEN.
+Takes a BudgetFormer checkpoint as it is; a plain BERT or RoBERTa one gets an untrained narrow encoder. Pushing needs a
+login (`hf auth login`) or the environment variable HF_TOKEN.
 """
 
 import argparse

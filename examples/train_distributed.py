@@ -22,7 +22,6 @@ from transformers.utils import logging
 
 from common import DOCSTRINGS, demo_checkpoint, read_config, read_texts, tokenized
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits
-from hf_budgetformer.tools.tuning import calibrate_margins
 
 
 # What a plain call does, by `config.looks`. One look: processes that share a sharded model must all run the same part.
@@ -35,7 +34,7 @@ class Source:
 
     model: str = field(default="", metadata={"help": "BERT, RoBERTa or BudgetFormer: folder or Hub id"})
     freeze_full: bool = field(default=False, metadata={"help": "the model is fine-tuned already and stays as it is"})
-    teacher: str = field(default="", metadata={"help": "fine-tuned classifier to learn from; default with freeze_full: model"})
+    teacher: str = field(default="", metadata={"help": "fine-tuned classifier to learn from; freeze_full: model"})
     dataset: str = field(default=DOCSTRINGS, metadata={"help": "file, folder or Hub id with columns text and label"})
     max_length: int = field(default=64, metadata={"help": "tokens read of a text"})
 
@@ -101,8 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[BudgetCallback()],
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    if model.narrow is not None:
-        calibrate_margins(model, trainer.get_eval_dataloader())
+    trainer.evaluate()  # the callback measures how sure the first look is
     trainer.save_model()
     found = {label: score(trainer, parts["test"], looks) for label, looks in LOOKS.items()}
     if trainer.is_world_process_zero():

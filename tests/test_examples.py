@@ -129,8 +129,8 @@ class Terminal(io.StringIO):
 
 def test_at_a_terminal_three_test_texts_come_first_then_what_is_typed(folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", Terminal("w3 w4\nw5\n\nw6\n"))
-    source = ["--model", str(folder / "stock"), "--dataset", str(folder / "texts.csv")]
-    finetune_text_classification.main([*source, "--max-train", "16", "--narrow-epochs", "1", "--output", str(folder / "terminal")])
+    source = ["--model", str(folder / "stock"), "--dataset", str(folder / "texts.csv"), "--max-train", "16"]
+    finetune_text_classification.main([*source, "--narrow-epochs", "1", "--output", str(folder / "terminal")])
     printed = capsys.readouterr().out.splitlines()
     lines = [line for line in printed if line.startswith("kind ")]
     assert len(lines) == 5

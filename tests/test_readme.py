@@ -20,7 +20,7 @@ sys.path.insert(0, str(BENCHMARKS))
 def namespace(tmp_path_factory, texts, tokenizer):
     """What is there after all blocks."""
     found = blocks(README, "python")
-    assert len(found) >= 3
+    assert len(found) >= 2
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_stand_ins(monkeypatch, tmp_path_factory.mktemp("readme"), texts, tokenizer)
         stock = AutoModelForSequenceClassification.from_pretrained("me/my-fine-tuned-bert").eval()
@@ -29,6 +29,7 @@ def namespace(tmp_path_factory, texts, tokenizer):
 
 def test_the_python_blocks_run_in_order(namespace):
     assert namespace["model"].is_trained()
+    assert namespace["model"].config.margins is not None
     assert namespace["out"].budget.shape == (2,)
     assert set(namespace["classify"]("w1 w2")[0]) == {"label", "score"}
 
@@ -70,7 +71,7 @@ def test_the_table_of_savings_is_made_of_results():
     }
     result = {"settings": {"level": "model", "title": "Some news"}, "figures": {"2": figures}}
     assert "| Some news | 1.0x | 2.0x | 3.0x | 4.0x | 5.0x | 2.5x |" in report.savings({"some": result})
-    assert "has not been measured yet" in report.savings({})
+    assert "Not measured yet" in report.savings({})
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", README))
