@@ -65,10 +65,10 @@ def static_model(model: nn.Module, budget: float | None = None) -> Any:
     if not ours.config.full_encoder and budget is None:
         return copy.deepcopy(ours)
     if ours.config.router == "layer" and budget != 1.0:
-        raise ValueError(
-            f"budget must be 1.0 with router='layer', whose heads differ by input, got {budget}."
-        )
-    return stock_model(model) if budget in (None, 1.0) and ours.config.full_encoder else cut(model, budget)
+        raise ValueError(f"budget must be 1.0 with router='layer', whose heads differ by input, got {budget}.")
+    if ours.config.full_encoder and budget in (None, 1.0):
+        return stock_model(model)
+    return cut(model, budget)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def export_onnx(model: nn.Module, path: str | Path, budget: float | None = None,
     if path.is_dir():
         raise IsADirectoryError(f"path must be that of a file, got the folder {path}.")
     static = static_model(model, budget).to("cpu", torch.float32)
-    traced = _Traced(static, max_input_length(model.config)).eval()  # type: ignore[arg-type]
+    traced = _Traced(static, max_input_length(model.config)).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
     before = logging.root.manager.disable
     with TemporaryDirectory(dir=path.parent, prefix=".onnx") as folder, warnings.catch_warnings():

@@ -113,7 +113,7 @@ def cut(model: nn.Module, budget: float) -> Any:
         ValueError: The model is of another kind, or the budget is not allowed or opens nothing.
     """
     ours: Any = model
-    config = getattr(ours, "config", None)
+    config: Any = getattr(ours, "config", None)
     if getattr(config, "model_type", None) != "budgetformer" or getattr(ours, "narrow", None) is None:
         raise ValueError(f"model must be a BudgetFormer classifier with a narrow encoder, got {type(model).__name__}.")
     if ours.narrow.head is None:
@@ -123,7 +123,7 @@ def cut(model: nn.Module, budget: float) -> Any:
     look = ours.narrow.order.look(budget)
     if not look.cost:
         raise ValueError(f"budget must pay for a unit at least, {ours.narrow.order.costs[1]:.4g}, got {budget!r}.")
-    small_config = copy.deepcopy(config)
+    small_config: Any = copy.deepcopy(config)
     small_config.narrow_budget, small_config.full_encoder = budget, False
     small_config.looks = small_config.confidence = small_config.margins = None
     small_config.freeze_full = False

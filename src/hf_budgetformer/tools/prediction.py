@@ -173,17 +173,15 @@ class BudgetTextClassificationPipeline(TextClassificationPipeline):
     the model.
     """
 
-    def _sanitize_parameters(self, budget: float | None = None, **options: Any) -> tuple[Any, Any, Any]:
-        preprocess, forward, postprocess = super()._sanitize_parameters(**options)
-        if budget is None:
-            return preprocess, forward, postprocess
-        _check_budgeted(self.model)
-        return preprocess, {**forward, "budget": budget}, postprocess
+    def _sanitize_parameters(self, *args: Any, budget: float | None = None, **kwargs: Any) -> Any:
+        preprocess, forward, postprocess = super()._sanitize_parameters(*args, **kwargs)
+        if budget is not None:
+            _check_budgeted(self.model)
+            forward = {**forward, "budget": budget}
+        return preprocess, forward, postprocess
 
-    def _forward(self, model_inputs: Any, budget: float | None = None) -> Any:
-        if budget is None:
-            return super()._forward(model_inputs)
-        return self.model(**model_inputs, budget=budget)
+    def _forward(self, model_inputs: Any, **parameters: Any) -> Any:  # type: ignore[override]  # upstream's two differ
+        return self.model(**model_inputs, **parameters) if parameters else super()._forward(model_inputs)
 
 
 __all__ = ["BudgetTextClassificationPipeline", "predict", "predict_file"]

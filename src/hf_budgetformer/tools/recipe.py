@@ -137,15 +137,14 @@ def train_classifier(
     if fine_tuned and together:
         raise ValueError("fine_tuned and together must not both be True: what stays as it is does not learn.")
     if load_config(checkpoint).model_type == "budgetformer" and not fine_tuned:
-        raise ValueError(
-            f"checkpoint must be a plain model, or fine_tuned already, got the BudgetFormer {checkpoint}."
-        )
+        raise ValueError(f"checkpoint must be a plain model, or fine_tuned already, got the BudgetFormer {checkpoint}.")
     output, started = Path(str(arguments.output_dir)), time.perf_counter()
     resumed = arguments.resume_from_checkpoint
     teacher = load_trained(checkpoint, arguments.device) if fine_tuned else None
     labels = _check_labels(checkpoint, train, fine_tuned, new_head)
     config, strange = BudgetFormerConfig.from_pretrained(checkpoint, return_unused_kwargs=True, **labels, **fields)
     if strange:
+        BudgetFormerConfig(**strange)  # says what became of a field of version 0.1
         raise ValueError(f"fields must be those of BudgetFormerConfig, got {sorted(strange)}.")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_input_length(config))

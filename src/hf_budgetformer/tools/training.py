@@ -31,9 +31,9 @@ _ORDER_ROWS = 256
 
 def _find_model(model: nn.Module) -> Any:
     """The outermost BudgetFormer model in a module: a task's, or an encoder alone."""
-    # By attribute, for a model loaded from the Hub with its own code is of another class than the installed one.
+    # By name, for a model loaded from the Hub with its own code is of another class than the installed one.
     for module in model.modules():
-        if hasattr(module, "training_log") and hasattr(module, "give_birth"):
+        if hasattr(type(module), "give_birth"):  # of the class, for adapters pass on what they are asked
             return module
     raise TypeError(f"BudgetCallback needs a BudgetFormer model, got {type(model).__name__}.")
 
@@ -100,7 +100,7 @@ class BudgetCallback(TrainerCallback):
             model.config.exploration_steps = state.max_steps
             return
         begins = state.global_step == 0 and not model.is_trained()
-        if not (self.order and begins and hasattr(model, "classifier")):
+        if not (self.order and begins and hasattr(model, "classifier") and model.narrow.is_whole()):
             return
         batches = _some_batches(kwargs.get("train_dataloader"), args.per_device_train_batch_size, args.device)
         if batches and all(_has_labels(batch, model.config) for batch in batches):
@@ -127,9 +127,7 @@ class BudgetCallback(TrainerCallback):
         self._ended = True
         self._calibrate(_find_model(kwargs["model"]), kwargs.get("eval_dataloader"))
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stores the margins at the first evaluation after training, if there was none before its end."""
         model = _find_model(kwargs["model"])
         if self._ended and model.config.margins is None:  # the Trainer makes its loader no earlier
