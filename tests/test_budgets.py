@@ -25,7 +25,9 @@ def test_equal_shares_open_at_the_same_pace():
         assert look.cost == pytest.approx(share)
 
 
-@pytest.mark.parametrize("fields", [{}, {"feed_forward_blocks": 5}, {"opening_order": [5, 4, 5, 4, 3, 2, 1, 0, 0, 0, 0]}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"feed_forward_blocks": 5}, {"opening_order": [5, 4, 5, 4, 3, 2, 1, 0, 0, 0, 0]}]
+)
 def test_counts_only_grow_and_never_cost_more_than_asked(fields):
     order = OpeningOrder(config_of(**fields))
     before = order.look(1e-9)
@@ -35,7 +37,7 @@ def test_counts_only_grow_and_never_cost_more_than_asked(fields):
         assert look.cost <= budget + 1e-6
         assert all(a >= b for a, b in zip(sum(look.counts, ()), sum(before.counts, ()), strict=True))
         before = look
-    asked_next = [b for b in order.costs if b > 0.3][0]
+    asked_next = next(cost for cost in order.costs if cost > 0.3)
     assert order.look(0.3).cost < asked_next  # one unit more would have been too much
 
 
@@ -104,7 +106,7 @@ def test_what_cannot_be_spent_in_the_mean_is_an_error_that_says_what_to_call():
     with pytest.raises(ValueError, match=r"budget=0.4.*calibrate_margins\(model, batches\).*BudgetCallback"):
         plan_budget(config, OpeningOrder(config), 0.4)
     regression = config_of(num_labels=1)
-    with pytest.raises(ValueError, match="cannot be doubted, got 0.4"):
+    with pytest.raises(ValueError, match=r"cannot be doubted, got 0\.4"):
         plan_budget(regression, OpeningOrder(regression), 0.4)
 
 

@@ -43,7 +43,10 @@ def test_budget_one_is_the_stock_model_bit_for_bit(backbone_type, dtype, impleme
     assert torch.equal(got.logits, expected.logits)
     assert torch.equal(got.loss, expected.loss)
     torch.testing.assert_close(
-        model(**batch, budget=1.0, executor="auto").logits, expected.logits, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 5e-2
+        model(**batch, budget=1.0, executor="auto").logits,
+        expected.logits,
+        rtol=1e-5,
+        atol=1e-5 if dtype is torch.float32 else 5e-2,
     )
 
     for one in (stock, model):
@@ -288,7 +291,7 @@ def test_names_of_old_checkpoints_do_not_come_back_when_saved(tmp_path):
 
 @pytest.mark.parametrize("cls", [BudgetFormerForSequenceClassification, BudgetFormerModel])
 def test_what_is_new_is_written_when_a_plain_checkpoint_is_loaded(backbone_type, cls, tmp_path):
-    """Traps 2, 3, 4: out-of-tree modules are skipped, get BERT's initialisation, or stay unwritten memory. Contract 6."""
+    """Contract 6. Traps 2, 3, 4: own modules are skipped, get BERT's initialisation, or stay unwritten memory."""
     model, report = cls.from_pretrained(stock_folder(backbone_type, tmp_path), output_loading_info=True)
     task = cls is BudgetFormerForSequenceClassification
     new = {name.split(".")[0] for name in report["missing_keys"]}

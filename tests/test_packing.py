@@ -6,7 +6,7 @@ import torch
 from conftest import batch_of, budgetformer
 from hf_budgetformer import attention
 from hf_budgetformer.attention import attend_packed, attend_padded
-from hf_budgetformer.packing import PaddedBatch, Sequences, find_packing, find_runs
+from hf_budgetformer.packing import Sequences, find_packing, find_runs
 from test_narrow import random_mask
 
 

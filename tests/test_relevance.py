@@ -24,8 +24,8 @@ from hf_budgetformer.losses import (
 from hf_budgetformer.packing import PaddedBatch, find_packing
 from hf_budgetformer.relevance import (
     ExplorationSchedule,
-    GateLinear,
     GatedSelfAttention,
+    GateLinear,
     HeadRouter,
     OwnBudget,
     attend_gated,
@@ -36,8 +36,8 @@ from hf_budgetformer.relevance import (
     gate_surrogate,
     gathering_pays,
     least_budget,
-    pool_tokens,
     places_by_score,
+    pool_tokens,
     score_threshold,
 )
 
