@@ -3,10 +3,10 @@
     python examples/ray_batch_inference.py my-model texts.parquet out --actors 2
     python examples/ray_batch_inference.py my-model /shared/texts /shared/out --actors 64 --address auto
 
-`out/predictions/*.parquet` holds row, label, score and head_budget, the share of heads spent; rows are counted from 0
-through all input files, sorted by name. Rows without a text that can be read are set aside in `out/rejected.parquet`,
-with the reason; it is written last: all is done when it is there. On a cluster all machines must see the same folders
-and have this package with its extra [ray].
+`out/predictions/*.parquet` holds row, label, score and budget, what was spent as a share of the full model's work; rows
+are counted from 0 through all input files, sorted by name. Rows without a text that can be read are set aside in
+`out/rejected.parquet`, with the reason; it is written last: all is done when it is there. On a cluster all machines must
+see the same folders and have this package with its extra [ray].
 """
 
 import argparse
@@ -23,13 +23,13 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from transformers.utils import logging
 
-from hf_budgetformer.tools.data import load_classifier
+from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.prediction import predict
-from requested_budgets import head_budget
+from requested_budgets import budget
 
 
 REJECTED = pa.schema({"row": pa.int64(), "reason": pa.string()})
-PREDICTED = pa.schema({"row": pa.int64(), "label": pa.string(), "score": pa.float32(), "head_budget": pa.float32()})
+PREDICTED = pa.schema({"row": pa.int64(), "label": pa.string(), "score": pa.float32(), "budget": pa.float32()})
 
 
 def find_parts(source: Path, column: str, most: int) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ class Classifier:
     def __init__(self, options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
         self.options = options
-        self.model, self.tokenizer = load_classifier(options.model, budgeted=True)
+        self.model, self.tokenizer = load_classifier(options.model, budgeted=True, device="cpu")
         self.read = lru_cache(maxsize=1)(  # the next part is mostly of the same row group
             lambda path, group: pq.ParquetFile(path).read_row_group(group, [options.column])[0]
         )
@@ -85,7 +85,7 @@ class Classifier:
         rows = [read_text(value) for value in values]
         target = self.options.output / "predictions" / f"part-{part['first']:012d}.parquet"
         if not target.exists():
-            asked = {"max_length": self.options.max_length, "head_budget": self.options.budget, "budgets": True}
+            asked = {"max_length": self.options.max_length, "budget": self.options.budget, "spent": True}
             answers = predict(self.model, self.tokenizer, rows, skip_bad=True, first=part["first"], **asked)
             write_whole([answer for answer in answers if "error" not in answer], PREDICTED, target)
         return [{"row": row, "reason": fault} for row, (_, fault) in enumerate(rows, part["first"]) if fault]
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--actors", type=int, default=2, help="models that work side by side, on a core each")
     parser.add_argument("--address", help="of a Ray cluster, auto or host:port; default: this machine")
     parser.add_argument("--column", default="text", help="that holds the texts")
-    parser.add_argument("--budget", type=head_budget, help="share of the heads; default: the model's own")
+    parser.add_argument("--budget", type=budget, help="share of the full model's work; default: a plain call")
     parser.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
     parser.add_argument("--part-rows", type=int, default=2048, help="rows of an output file: what a lost actor costs")
     options = parser.parse_args(argv)
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if min(options.actors, options.part_rows) < 1:
             raise ValueError(f"--actors and --part-rows must be >= 1, got {options.actors} and {options.part_rows}")
-        load_classifier(options.model, budgeted=True)  # or it would be the actors that find out
+        load_classifier(options.model, budgeted=True, device="cpu")  # or it would be the actors that find out
         parts = find_parts(options.input, options.column, options.part_rows)
         if not parts:
             raise ValueError(f"{options.input} must hold at least one row, got none")

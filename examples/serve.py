@@ -1,11 +1,11 @@
-"""Serves a BudgetFormer checkpoint over HTTP: requests that each carry their own budget share one forward pass.
+"""Serves a BudgetFormer checkpoint over HTTP: requests that wait together are answered together, each at its budget.
 
-    python examples/serve.py CHECKPOINT --load-aware --floor 0.25
-    curl 127.0.0.1:8000/predict --json '{"text": "a gripping film", "head_budget": 0.5}'
+    python examples/serve.py CHECKPOINT --load-aware --floor 0.2
+    curl 127.0.0.1:8000/predict --json '{"text": "a gripping film", "budget": 0.25}'
 
-CHECKPOINT is a folder or Hub id, tokenizer included. A request may hold a `text_pair`, and leave out `head_budget`, a
-share of the heads in (0, 1]: then the model's own counts. The answer holds label, score, and the head_budget really
-spent. A bad request gets 400, 413 or 422 and the reason, one too many 429.
+CHECKPOINT is a folder or Hub id, tokenizer included. A request may hold a `text_pair`, and leave out `budget`, a share
+of the full model's work in (0, 1]: then it is answered like a plain call. The answer holds label, score, and the budget
+really spent. A bad request gets 400, 413 or 422 and the reason, one too many 429.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from typing import Annotated, Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_budgetformer.routing import least_budget
-from hf_budgetformer.tools.data import load_classifier
+from hf_budgetformer.budgets import plan_looks
+from hf_budgetformer.tools.checkpoints import load_classifier
 
 
 try:
@@ -47,7 +47,7 @@ class Question(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     text: Text
     text_pair: Text | None = None
-    head_budget: float | None = Field(None, gt=0, le=1)
+    budget: float | None = Field(None, gt=0, le=1)
 
 
 class QueueLoop(BatchedLoop):
@@ -69,12 +69,13 @@ class QueueLoop(BatchedLoop):
 
 
 class Classifier(LitAPI):
-    """One forward pass for a batch of questions, a budget for each.
+    """Answers a batch of questions, each at its budget.
 
     Args:
         checkpoint: Folder or Hub id of a model and its tokenizer.
-        floor: Share of the heads that load may bring the model's own budget down to; None: load changes nothing.
-        max_batch: Most questions in a forward pass.
+        floor: Confidence of a look that load may bring the model's own down to, so that fewer questions go on to the
+            next look; None: load changes nothing.
+        max_batch: Most questions answered together.
         max_wait: Seconds that the first question of a batch waits for others.
     """
 
@@ -82,14 +83,13 @@ class Classifier(LitAPI):
         super().__init__(max_batch_size=max_batch, batch_timeout=max_wait, loop=QueueLoop())
         self.checkpoint, self.floor, self.pressure, self.noticed = checkpoint, floor, 0.0, -math.inf
 
-    @torch.no_grad()
     def setup(self, device: str) -> None:
         """Loads model and tokenizer, in the process that will use them."""
-        self.model, self.tokenizer = load_classifier(self.checkpoint, budgeted=True)
-        self.model.to(device)
-        config, encoder = self.model.config, self.model.base_model
-        least = least_budget(config)
-        self.own_budget = config.head_budget or least + (1 - least) * encoder.own_budget().sigmoid().item()
+        self.model, self.tokenizer = load_classifier(self.checkpoint, budgeted=True, device=device)
+        config = self.model.config
+        self.confidence: tuple[float, ...] = ()  # of a plain call's looks, where load may change it
+        if self.floor is not None and (config.looks is not None or self.model.is_trained()):
+            self.confidence = plan_looks(config, self.model.narrow.order).thresholds
 
     def notice(self, waiting: int, now: float) -> None:
         """Turns questions left waiting into pressure: 1 is another full batch of them; smoothed over seconds `now`."""
@@ -97,26 +97,44 @@ class Classifier(LitAPI):
         self.pressure += weight * (min(1.0, waiting / self.max_batch_size) - self.pressure)
         self.noticed = now
 
+    def relax(self) -> None:
+        """Asks less confidence of a plain call's looks while questions wait."""
+        if self.confidence and self.floor is not None:
+            spare = [max(0.0, own - self.floor) for own in self.confidence]
+            relaxed = [own - self.pressure * less for own, less in zip(self.confidence, spare, strict=True)]
+            self.model.config.confidence = relaxed
+
     def decode_request(self, request: Question, **kwargs: Any) -> tuple[Any, float | None]:
         """Token ids, and the budget asked for."""
         tokens = self.tokenizer(request.text, request.text_pair, truncation=True)
-        return tokens, request.head_budget
+        return tokens, request.budget
 
     def batch(self, inputs: list[tuple[Any, float | None]]) -> Any:
-        """The model's arguments. Who asks for no budget gets the model's own: to ask for that is the same."""
-        spare = 0.0 if self.floor is None else max(0.0, self.own_budget - self.floor)
-        own = self.own_budget - self.pressure * spare
-        tokens, asked = zip(*inputs, strict=True)
-        padded = self.tokenizer.pad(list(tokens), return_tensors="pt").to(self.model.device)
-        return {**padded, "head_budget": torch.tensor([own if budget is None else budget for budget in asked])}
+        """Plain calls and those with a budget, as (places, the model's arguments)."""
+        groups = []
+        for plain in (True, False):
+            places = [place for place, (_, budget) in enumerate(inputs) if (budget is None) == plain]
+            if not places:
+                continue
+            padded = self.tokenizer.pad([inputs[place][0] for place in places], return_tensors="pt")
+            arguments = dict(padded.to(self.model.device))
+            if not plain:
+                arguments["budget"] = torch.tensor([inputs[place][1] for place in places])
+            groups.append((places, arguments))
+        return groups
 
     @torch.no_grad()
     def predict(self, x: Any, **kwargs: Any) -> list[dict[str, Any]]:
         """An answer for each question of the batch."""
-        outputs, names = self.model(**x), self.model.config.id2label
-        scores, labels = outputs.logits.softmax(-1).max(-1)
-        rows = zip(labels.tolist(), scores.tolist(), outputs.head_budget.tolist(), strict=True)
-        return [{"label": names[label], "score": score, "head_budget": spent} for label, score, spent in rows]
+        self.relax()
+        answers: dict[int, dict[str, Any]] = {}
+        for places, arguments in x:
+            outputs = self.model(**arguments)
+            scores, labels = outputs.logits.softmax(-1).max(-1)
+            found = zip(places, labels.tolist(), scores.tolist(), outputs.budget.tolist(), strict=True)
+            for place, label, score, spent in found:
+                answers[place] = {"label": self.model.config.id2label[label], "score": score, "budget": spent}
+        return [answers[place] for place in range(len(answers))]
 
 
 class LimitWaiting:
@@ -160,16 +178,24 @@ def build_server(checkpoint: str, floor: float | None = None, max_batch: int = 3
     return server
 
 
-def check(checkpoint: str) -> None:
-    """Ends the script unless there is something to serve."""
+def check(checkpoint: str, load_aware: bool = False) -> None:
+    """Ends the script unless there is something to serve, at any budget."""
     try:
         config, _ = AutoConfig.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise SystemExit(f"CHECKPOINT {checkpoint}: no model with its tokenizer is there. ({error})") from None
-    if config.model_type != "budgetformer" or config.static_heads is not None:
-        raise SystemExit(f"CHECKPOINT {checkpoint} must be a BudgetFormer with routers, got {config.model_type}.")
+    if config.model_type != "budgetformer" or not config.full_encoder:
+        got = config.model_type if config.model_type != "budgetformer" else "one that was cut"
+        raise SystemExit(f"CHECKPOINT {checkpoint} must be a BudgetFormer with its full model, got {got}.")
     if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
         raise SystemExit(f"CHECKPOINT {checkpoint} must tell one of several labels, got {config.problem_type}.")
+    if config.router == "look" and config.margins is None:
+        raise SystemExit(
+            f"CHECKPOINT {checkpoint} must know how sure its first look is: train with an evaluation set, or call "
+            "hf_budgetformer.tools.tuning.calibrate_margins(model, batches) and save it."
+        )
+    if load_aware and (config.router != "look" or len(config.looks or (0, 1)) < 2):
+        raise SystemExit(f"CHECKPOINT {checkpoint} must look twice for --load-aware, got looks {config.looks}.")
 
 
 def stop(*_: Any) -> None:
@@ -183,17 +209,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--host", default="127.0.0.1", choices=["127.0.0.1", "0.0.0.0", "::"])
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--load-aware", action="store_true", help="spend less while requests wait behind a full batch")
-    parser.add_argument("--floor", type=float, default=0.25, help="with --load-aware: least share of the heads")
-    parser.add_argument("--max-batch", type=int, default=32, help="most requests in a forward pass")
+    parser.add_argument(
+        "--load-aware", action="store_true", help="fewer second looks while requests wait behind a full batch"
+    )
+    parser.add_argument("--floor", type=float, default=0.2, help="with --load-aware: least confidence of a look")
+    parser.add_argument("--max-batch", type=int, default=32, help="most requests answered together")
     parser.add_argument("--max-wait-ms", type=float, default=10.0, help="how long the first of a batch waits for more")
     options = parser.parse_args(arguments)
     for name, value, low, high in [
-        ("floor", options.floor, 0.01, 1.0), ("max-batch", options.max_batch, 1, 1024),
+        ("floor", options.floor, 0.0, 1.0), ("max-batch", options.max_batch, 1, 1024),
         ("max-wait-ms", options.max_wait_ms, 0.0, 1000.0), ("port", options.port, 1024, 65535)]:  # fmt: skip
         if not low <= value <= high:
             parser.error(f"--{name} must be in [{low}, {high}], got {value}")
-    check(options.checkpoint)
+    check(options.checkpoint, options.load_aware)
     floor = options.floor if options.load_aware else None
     server = build_server(options.checkpoint, floor, options.max_batch, options.max_wait_ms / 1000)
     for number in (signal.SIGINT, signal.SIGTERM):

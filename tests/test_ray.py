@@ -1,6 +1,5 @@
 """Batch inference: parts that can be done again, and (slow) a real Ray on this machine."""
 
-import json
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import LONGEST, budgetformer
-from hf_budgetformer.tools.data import load_classifier
+from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.prediction import predict
 
 
@@ -53,12 +52,12 @@ def predicted(output):
 
 
 def assert_answers_of_each_text_alone(found, checkpoint, texts):
-    model, tokenizer = load_classifier(str(checkpoint))
+    model, tokenizer = load_classifier(str(checkpoint), device="cpu")
     assert [row["row"] for row in found] == list(range(len(texts)))
     for row, text in zip(found, texts, strict=True):
-        [alone] = predict(model, tokenizer, [({"text": text}, None)], budgets=True)
+        [alone] = predict(model, tokenizer, [({"text": text}, None)], spent=True)
         assert row["label"] == alone["label"]
-        assert [row["score"], row["head_budget"]] == pytest.approx([alone["score"], alone["head_budget"]], abs=1e-4)
+        assert [row["score"], row["budget"]] == pytest.approx([alone["score"], alone["budget"]], abs=1e-4)
 
 
 def test_parts_hold_every_row_once_and_lie_in_one_row_group(source):
@@ -180,22 +179,3 @@ def test_a_worker_killed_in_mid_run_loses_and_repeats_no_row(checkpoint, texts, 
     assert sorted(found) == [row for row in range(len(many)) if row != 5]
     assert len(predicted(output)) == len(found)
     assert all(found[row] == found[row % 64] for row in found if row % 64 != 5)
-
-
-@pytest.mark.slow
-def test_the_benchmark_times_what_agrees(checkpoint, texts, tmp_path, home):
-    texts.to_parquet(tmp_path / "train.parquet")
-    settings = {"title": "tiny", "rows": 60, "part_rows": 10, "max_length": LONGEST, "actors": [1], "repeats": 1}
-    (tmp_path / "tiny.json").write_text(json.dumps(settings))
-    arguments = ["--checkpoint", checkpoint, "--data", tmp_path / "train.parquet", "--output", tmp_path / "results"]
-    environment = {**os.environ, "TMPDIR": str(home), "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, EXAMPLES.parent / "benchmarks" / "ray_inference.py", tmp_path / "tiny.json", *arguments]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads((tmp_path / "results" / "tiny.json").read_text())
-    assert found["settings"].items() >= settings.items()
-    assert found["data"]["texts"] == 64
-    assert found["agreement"]["checks"] == 4
-    assert list(found["figures"]) == ["plain loop", "actors: 1"]
-    assert all(x["rows_per_second_when_running"]["median"] > 0 for x in found["figures"].values())
-    assert len({x["heads"] for x in found["figures"].values()}) == 1

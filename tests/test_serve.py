@@ -3,16 +3,20 @@
 import asyncio
 import importlib.util
 import json
+import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
@@ -23,24 +27,33 @@ from conftest import LONGEST, budgetformer, stock_folder
 
 pytest.importorskip("litserve")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+sys.path.append(str(ROOT / "examples"))
 
-import serving
 from fastapi.testclient import TestClient
 from litserve.callbacks import CallbackRunner
 
 import serve
+from hf_budgetformer.tools.narrowing import cut
+from hf_budgetformer.tools.tuning import calibrate_margins
 
 
 TEXTS = ["w1 w2 w3", "w20 w21", "w5 " * 20, "w30 w31 w2 w7 w9 w11"]
 
 
+def calibrated(texts, tokenizer, **fields):
+    """A tiny BudgetFormer that doubts about half of its first looks."""
+    model = budgetformer("bert", **fields)
+    calibrate_margins(model, [tokenizer(texts["text"][:], padding=True, return_tensors="pt")], budget=0.125)
+    model.config.looks, model.config.confidence = [0.125, 1.0], [model.config.margins["quantiles"][50]]
+    return model
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
+def folder(tmp_path_factory, texts, tokenizer):
     """A tiny BudgetFormer and its tokenizer."""
     set_seed(0)
     folder = tmp_path_factory.mktemp("serve")
-    budgetformer("bert").save_pretrained(folder)
+    calibrated(texts, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -62,33 +75,41 @@ def answer(api, *questions):
     return api.predict(api.batch([api.decode_request(serve.Question(**question)) for question in questions]))
 
 
-@pytest.mark.parametrize("configured", [None, 0.75])
-def test_budgets_mix_in_one_batch_and_each_is_answered_as_if_alone(start, folder, tokenizer, monkeypatch, configured):
-    api = start()
-    if configured is not None:
-        api.model.config.head_budget = configured
-        api.model.save_pretrained(folder / "configured")
-        tokenizer.save_pretrained(folder / "configured")
-        api.checkpoint = str(folder / "configured")
+@pytest.mark.parametrize("router", ["look", "layer"])
+def test_budgets_mix_in_one_batch_and_each_is_answered_as_if_alone(start, texts, tokenizer, tmp_path, router):
+    api = start(max_batch=16)
+    if router == "layer":
+        budgetformer("bert", router="layer").save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        api.checkpoint = str(tmp_path)
         api.setup("cpu")
-    calls, forward = [], api.model.forward
-    monkeypatch.setattr(api.model, "forward", lambda **inputs: (calls.append(inputs), forward(**inputs))[1])
-    budgets = [1.0, None, 0.25, None, 0.5]
-    questions = [{"text": text, "head_budget": b} for text, b in zip([*TEXTS, TEXTS[0]], budgets, strict=True)]
+    budgets = [1.0, None, 0.125, None, 0.6, 0.25, None, 0.6]
+    questions = [{"text": text, "budget": b} for text, b in zip(texts["text"][:8], budgets, strict=True)]
     questions.append({"text": "w1", "text_pair": "w2 w3"})
     got = answer(api, *questions)
-    assert len(calls) == 1
     spent = set()
     for question, found in zip(questions, got, strict=True):
         inputs = tokenizer(question["text"], question.get("text_pair"), truncation=True, return_tensors="pt")
         with torch.no_grad():
-            expected = forward(**inputs, head_budget=question.get("head_budget"))
+            expected = api.model(**inputs, budget=question.get("budget"))
         score, label = expected.logits[0].softmax(-1).max(-1)
         assert found["label"] == f"LABEL_{label}"
         assert found["score"] == pytest.approx(score.item(), abs=1e-5)
-        assert found["head_budget"] == pytest.approx(expected.head_budget.item())
-        spent.add(round(found["head_budget"], 3))
+        assert found["budget"] == pytest.approx(expected.budget.item())
+        spent.add(round(found["budget"], 3))
     assert len(spent) > 2
+
+
+def test_a_batch_is_read_at_most_once_by_each_way_to_ask(start, monkeypatch):
+    api, calls = start(), []
+    forward = api.model.forward
+    monkeypatch.setattr(
+        api.model, "forward", lambda **inputs: (calls.append(inputs.get("budget")), forward(**inputs))[1]
+    )
+    answer(api, *({"text": text, "budget": budget} for text in TEXTS for budget in (None, 0.25, 1.0)))
+    plain, asked = calls
+    assert plain is None
+    assert asked.tolist() == [0.25, 1.0] * 4
 
 
 def test_what_the_model_cannot_read_is_cut(start):
@@ -96,39 +117,49 @@ def test_what_the_model_cannot_read_is_cut(start):
     assert len(tokens["input_ids"]) == LONGEST
 
 
-def asked_of_the_model(api, *budgets):
-    inputs = api.batch([api.decode_request(serve.Question(text="w1", head_budget=budget)) for budget in budgets])
-    return inputs["head_budget"].tolist()
+def mean_spent(api, texts, **question):
+    found = answer(api, *({"text": text, **question} for text in texts["text"]))
+    return sum(x["budget"] for x in found) / len(found)
 
 
-def test_budgets_fall_to_the_floor_while_requests_wait_and_come_back(start):
-    api = start(floor=0.25, max_batch=4)
-    own = api.own_budget
-    assert own > 0.3
-    assert asked_of_the_model(api, None) == pytest.approx([own])
-    seen, now = [own], 0.0
+def test_fewer_questions_go_on_while_requests_wait_and_all_is_as_before_afterwards(start, texts):
+    api = start(floor=0.0, max_batch=4)
+    [own] = api.confidence
+    before = mean_spent(api, texts)
+    first = api.model.narrow.order.look(0.125).cost
+    assert before > first + 0.2
+    seen, spent, now = [own], [before], 0.0
     for waiting in (0, 2, 40, 40, 40, 40, 40, 40, 40, 40):
         now += 0.2
         api.notice(waiting, now)
-        seen.append(asked_of_the_model(api, None)[0])
+        spent.append(mean_spent(api, texts))
+        seen.append(api.model.config.confidence[0])
     assert seen[1] == pytest.approx(own)
     assert sorted(seen, reverse=True) == seen
-    assert seen[2] > seen[-1] > 0.25
-    assert seen[-1] == pytest.approx(0.25, abs=0.02)
-    assert asked_of_the_model(api, 1.0, 0.1, None) == pytest.approx([1.0, 0.1, seen[-1]])
+    assert sorted(spent, reverse=True) == spent
+    assert 0.0 < seen[-1] < 0.1 * own
+    assert spent[-1] < first + 0.1
+    assert mean_spent(api, texts, budget=1.0) == 1.0, "who asks for a budget gets it"
     api.notice(0, now + 0.1)
-    partly = asked_of_the_model(api, None)[0]
-    assert seen[-1] < partly < own
+    assert spent[-1] <= mean_spent(api, texts) <= before
     api.notice(0, now + 10.0)
-    assert asked_of_the_model(api, None) == pytest.approx([own])
+    assert mean_spent(api, texts) == pytest.approx(before)
 
 
-@pytest.mark.parametrize("floor", [None, 0.9])
-def test_load_changes_nothing_without_a_floor_or_below_it(start, floor):
+def test_load_brings_confidence_to_the_floor_and_no_further(start, texts):
+    api = start(floor=0.05)
+    api.notice(1000, 1.0)
+    mean_spent(api, texts)
+    assert api.model.config.confidence == pytest.approx([0.05])
+
+
+@pytest.mark.parametrize("floor", [None, 1.0])
+def test_load_changes_nothing_without_a_floor_or_below_it(start, texts, floor):
     api = start(floor=floor)
+    before = mean_spent(api, texts)
     api.notice(1000, 1.0)
     assert api.pressure == 1.0
-    assert asked_of_the_model(api, None) == pytest.approx([api.own_budget])
+    assert mean_spent(api, texts) == before
 
 
 class EndingQueue(queue.Queue):
@@ -155,7 +186,7 @@ def test_the_loop_takes_full_batches_and_tells_what_waits(start, monkeypatch):
     monkeypatch.setattr(api, "batch", lambda inputs: (sizes.append(len(inputs)), batch(inputs))[1])
     monkeypatch.setattr(api, "notice", lambda count, now: (noticed.append(count), notice(count, now)))
     for number in range(10):
-        question = serve.Question(text=TEXTS[number % 4], head_budget=(None, 0.5)[number % 2])
+        question = serve.Question(text=TEXTS[number % 4], budget=(None, 0.5)[number % 2])
         waiting.put((number % 2, f"id {number}", time.monotonic(), question))
     with pytest.raises(SystemExit):
         serve.QueueLoop().run_batched_loop(api, waiting, answers, CallbackRunner())
@@ -163,7 +194,7 @@ def test_the_loop_takes_full_batches_and_tells_what_waits(start, monkeypatch):
     assert noticed == [6, 2, 0]
     assert [(consumer, uid) for consumer, (uid, _) in answers.sent] == [(n % 2, f"id {n}") for n in range(10)]
     for _, (_, (found, status, *_)) in answers.sent:
-        assert found.keys() == {"label", "score", "head_budget"}
+        assert found.keys() == {"label", "score", "budget"}
         assert status == "OK"
 
 
@@ -183,14 +214,14 @@ MALFORMED = {
     "half a character": (b'{"text": "\\ud800"}', "body.text: Input should be a valid string"),
     "bytes": (b'{"text": "\xff"}', "error parsing the body"),
     "deep": (b"[" * 100_000, "error parsing the body"),
-    "unknown": (b'{"text": "w1", "budget": 0.5}', "body.budget: Extra inputs are not permitted"),
+    "unknown": (b'{"text": "w1", "head_budget": 0.5}', "body.head_budget: Extra inputs are not permitted"),
     "unknown and strange": (b'{"text": "w1", "\\ud800": 0.5}', "body"),
-    "no heads": (b'{"text": "w1", "head_budget": 0}', "body.head_budget: Input should be greater than 0"),
-    "too many": (b'{"text": "w1", "head_budget": 1.5}', "body.head_budget: Input should be less than or equal to 1"),
-    "not a number": (b'{"text": "w1", "head_budget": NaN}', "body.head_budget: Input should be"),
-    "endless": (b'{"text": "w1", "head_budget": Infinity}', "body.head_budget: Input should be"),
-    "digits": (b'{"text": "w1", "head_budget": "0.5"}', "body.head_budget: Input should be a valid number"),
-    "true": (b'{"text": "w1", "head_budget": true}', "body.head_budget: Input should be a valid number"),
+    "nothing to spend": (b'{"text": "w1", "budget": 0}', "body.budget: Input should be greater than 0"),
+    "too many": (b'{"text": "w1", "budget": 1.5}', "body.budget: Input should be less than or equal to 1"),
+    "not a number": (b'{"text": "w1", "budget": NaN}', "body.budget: Input should be"),
+    "endless": (b'{"text": "w1", "budget": Infinity}', "body.budget: Input should be"),
+    "digits": (b'{"text": "w1", "budget": "0.5"}', "body.budget: Input should be a valid number"),
+    "true": (b'{"text": "w1", "budget": true}', "body.budget: Input should be a valid number"),
 }
 
 
@@ -251,32 +282,44 @@ def test_one_request_too_many_is_refused_until_another_is_answered():
     asyncio.run(scenario())
 
 
-def test_only_a_checkpoint_that_can_be_served_is(folder, tmp_path, tokenizer):
-    def refusal(name):
+def test_only_a_checkpoint_that_can_be_served_is(folder, texts, tmp_path, tokenizer):
+    def refusal(name, **options):
         with pytest.raises(SystemExit) as error:
-            serve.check(str(tmp_path / name))
+            serve.check(str(tmp_path / name), **options)
         return str(error.value)
 
     stock_folder("bert", tmp_path / "stock")
-    budgetformer("bert", stir=False, static_heads=[[0], [1, 2], [3]]).save_pretrained(tmp_path / "static")
-    budgetformer("bert", num_labels=1).save_pretrained(tmp_path / "number")
-    budgetformer("bert", problem_type="multi_label_classification").save_pretrained(tmp_path / "several")
     assert "no model with its tokenizer is there" in refusal("nothing")
-    assert "no model with its tokenizer is there" in refusal("static")
-    for name in ("stock", "static", "number", "several"):
+    assert "no model with its tokenizer is there" in refusal("stock")
+    models = {
+        "cut": cut(budgetformer("bert"), 0.25),
+        "number": budgetformer("bert", num_labels=1),
+        "several": budgetformer("bert", problem_type="multi_label_classification"),
+        "unsure": budgetformer("bert"),
+        "routed": budgetformer("bert", router="layer"),
+        "once": calibrated(texts, tokenizer),
+    }
+    models["once"].config.confidence, models["once"].config.looks = None, [0.25]
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    for name in ("stock", *models):
         tokenizer.save_pretrained(tmp_path / name)
-    assert "must be a BudgetFormer with routers, got bert" in refusal("stock")
-    assert "must be a BudgetFormer with routers" in refusal("static")
+    assert "must be a BudgetFormer with its full model, got bert" in refusal("stock")
+    assert "must be a BudgetFormer with its full model, got one that was cut" in refusal("cut")
     assert "must tell one of several labels" in refusal("number")
     assert "must tell one of several labels" in refusal("several")
-    serve.check(str(folder))
+    assert "calibrate_margins" in refusal("unsure")
+    for name in ("routed", "once"):
+        serve.check(str(tmp_path / name))
+        assert "must look twice for --load-aware" in refusal(name, load_aware=True)
+    serve.check(str(folder), load_aware=True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--floor", "0"], "--floor must be in [0.01, 1.0], got 0.0"),
-        (["--floor", "nan"], "--floor must be in [0.01, 1.0], got nan"),
+        (["--floor", "-1"], "--floor must be in [0.0, 1.0], got -1.0"),
+        (["--floor", "nan"], "--floor must be in [0.0, 1.0], got nan"),
         (["--max-batch", "0"], "--max-batch must be in [1, 1024], got 0"),
         (["--max-wait-ms", "-1"], "--max-wait-ms must be in [0.0, 1000.0], got -1.0"),
         (["--port", "80"], "--port must be in [1024, 65535], got 80"),
@@ -296,67 +339,40 @@ def test_the_missing_extra_is_named(monkeypatch):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_a_load_asks_everything_once_and_counts_what_comes_back():
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self):
-            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(question["text"])
-            body = json.dumps({"head_budget": 0.5}).encode()
-            self.send_response(429 if question["text"] == "3" else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments):
-            pass
-
-    questions = [{"text": str(number)} for number in range(20)]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
+def is_healthy(port):
     try:
-        found = serving.load(server.server_port, questions, clients=4, seconds=60)
-        cut_short = serving.load(server.server_port, questions, clients=2, seconds=-1)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=10)
-    assert sorted(asked[:20]) == sorted(question["text"] for question in questions)
-    assert found["statuses"] == {"200": 19, "429": 1}
-    assert cut_short["statuses"] == {"200": 2}
-    assert len(found["latencies"]) == 19
-    assert serving.summary([found, cut_short])["heads"] == 0.5
-    assert serving.summary([found, cut_short])["statuses"] == {"200": 21, "429": 1}
-    gone = serving.load(server.server_port, questions, clients=2, seconds=60)
-    assert gone["statuses"] == {"error": 20}
-    with pytest.raises(SystemExit, match="No request was answered"):
-        serving.summary([gone])
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"client": [1]}, r"unknown settings \['client'\]"),
-        ({"clients": 3}, r"clients must be a list, got 3"),
-        ({"clients": [0]}, r"clients must be numbers >= 1"),
-        ({"repeats": 0}, r"repeats must be >= 1"),
-    ],
-)
-def test_bad_settings_of_the_benchmark_are_named(tmp_path, settings, message):
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(settings))
-    with pytest.raises(SystemExit, match=message):
-        serving.main([str(path), "--checkpoint", "none"])
-
-
-def test_experiments_have_valid_settings():
-    paths = list((ROOT / "benchmarks" / "experiments" / "serving").glob("*.json"))
-    assert paths
-    assert all(serving.read_settings(path)["repeats"] >= 5 for path in paths)
+@contextmanager
+def running_server(checkpoint, *options):
+    """Port of a server that answers on loopback; none of its processes outlives the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "examples" / "serve.py"), checkpoint, "--port", str(port), *options]
+    with tempfile.TemporaryFile("w+") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            end = time.monotonic() + 120
+            while not is_healthy(port):
+                if server.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise SystemExit(f"{' '.join(command[1:])} does not answer:\n{log.read()[-4000:]}")
+                time.sleep(0.2)
+            yield port
+        finally:
+            server.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(45)
+            with suppress(ProcessLookupError):  # its children are in its session, whether it ended them or not
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def living(group):
@@ -382,10 +398,10 @@ def post(port, content):
 @pytest.mark.slow
 def test_a_server_answers_refuses_withstands_and_ends(folder):
     def serve_and_fail():
-        with serving.running_server(str(folder), "--max-batch", "1", "--load-aware", "--floor", "0.3") as port:
+        with running_server(str(folder), "--max-batch", "1", "--load-aware", "--floor", "0.05") as port:
             yield group_of(port)
-            status, found = post(port, '{"text": "w1 w2 w3", "head_budget": 1}')
-            assert (status, found["head_budget"]) == (200, 1.0)
+            status, found = post(port, '{"text": "w1 w2 w3", "budget": 1}')
+            assert (status, found["budget"]) == (200, 1.0)
             for name, (content, reason) in MALFORMED.items():
                 status, found = post(port, content)
                 assert status in (400, 413, 422), name
@@ -400,18 +416,17 @@ def test_a_server_answers_refuses_withstands_and_ends(folder):
             while (refused := post(port, GOOD))[0] == 200 and time.monotonic() < end:
                 time.sleep(0.05)
             assert refused == (429, {"detail": "8 requests are waiting already."})
-            assert serving.is_healthy(port)
+            assert is_healthy(port)
             held.pop().close()  # one gives up, the others go on
             for connection in held:
                 connection.sendall(GOOD[3:].encode())
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
                 connection.close()
 
-            statuses = Counter()
-            for _ in range(2):
-                questions = [{"text": text} for text in TEXTS * 32]
-                statuses += serving.load(port, questions, clients=64, seconds=60)["statuses"]
-            assert set(statuses) <= {"200", "429"}
+            with ThreadPoolExecutor(64) as clients:
+                questions = [json.dumps({"text": text}) for text in TEXTS * 64]
+                statuses = Counter(status for status, _ in clients.map(partial(post, port), questions))
+            assert set(statuses) <= {200, 429}
             assert sum(statuses.values()) == 256
             assert post(port, GOOD)[0] == 200
             raise RuntimeError("the test fails")
@@ -429,25 +444,5 @@ def test_a_server_answers_refuses_withstands_and_ends(folder):
 
 @pytest.mark.slow
 def test_a_server_that_cannot_start_says_why(tmp_path):
-    with pytest.raises(SystemExit, match="no model with its tokenizer is there"), serving.running_server(str(tmp_path)):
+    with pytest.raises(SystemExit, match="no model with its tokenizer is there"), running_server(str(tmp_path)):
         pass
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)  # it starts two servers
-def test_the_benchmark_measures_every_way_at_every_load(folder, tmp_path):
-    (tmp_path / "texts.txt").write_text("\n".join(f"w{number} {'w3 ' * (number % 7)}" for number in range(30)))
-    settings = {"clients": [1, 6], "requests": 24, "repeats": 2, "max_batch": 2, "threads": 1}
-    (tmp_path / "tiny.json").write_text(json.dumps(settings))
-    arguments = ["--checkpoint", str(folder), "--data", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "out")]
-    serving.main([str(tmp_path / "tiny.json"), *arguments])
-    result = json.loads((tmp_path / "out" / "tiny.json").read_text())
-    assert result["settings"] == {**serving.SETTINGS, **settings, "checkpoint": folder.name}
-    assert result["environment"]["packages"]["litserve"]
-    assert result["agreement"]["checks"] == 6
-    assert len(result["figures"]) == 6
-    for name, figures in result["figures"].items():
-        assert figures["statuses"] == {"200": 48}, name
-        assert figures["latency_ms"]["p95"] >= figures["latency_ms"]["p50"] > 0
-        assert (figures["heads"] == 1.0) == name.endswith("all heads")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny.json"]

@@ -118,16 +118,16 @@ def _about(config: BudgetFormerConfig, trained: bool) -> str:
     call = describe_looks(config.looks, config.confidence)
     if config.router == "layer":
         call = (
-            f"{config.looks[0]:.3g} of the heads"
+            f"runs {config.looks[0]:.3g} of the heads"
             if config.looks
-            else "the share of the heads that it learned to choose"
+            else "runs the share of the heads that it learned to choose"
         )
         does = f"For each text and each of its {shape} it decides how many heads to run, and which"
     elif not config.full_encoder:
-        call = call if config.looks else f"a look at a budget of {config.narrow_budget:.3g}"
+        call = call if config.looks else f"looks once, at a budget of {config.narrow_budget:.3g}"
         does = f"Cut from a model of {shape}, of whose work budgets are shares: its most important heads and neurons"
     else:
-        call = call if trained or config.looks else "the full model, for the narrow encoder has not been trained"
+        call = call if trained or config.looks else "runs the full model, for the narrow encoder has not been trained"
         kept = "as it was before" if config.freeze_full else "trained with it"
         does = (
             f"A full model of {shape}, {kept} (`budget=1.0`). Beside it stands a narrow encoder, its most important "
@@ -136,7 +136,7 @@ def _about(config: BudgetFormerConfig, trained: bool) -> str:
         )
     return (
         f"## What it is\n\nA text classifier with {len(labels)} labels{named}, {config.backbone_model_type.upper()} "
-        f"inside. {does}. A plain call is {call}. Method: after [BudgetFormer](https://arxiv.org/abs/2604.22583), by "
+        f"inside. {does}. A plain call {call}. Method: after [BudgetFormer](https://arxiv.org/abs/2604.22583), by "
         "hf_budgetformer."
     )
 

@@ -305,14 +305,14 @@ def build_page(model: Any, tokenizer: Any, checkpoint: str) -> Any:
         return None, texts, shown, content, gr.update(visible=True)
 
     shape = f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads, {config.num_labels} labels"
-    call = "the full model alone" if plan_call(model, None).looks[0] == FULL_LOOK else None
+    call = "runs the full model" if plan_call(model, None).looks[0] == FULL_LOOK else None
     call = call or describe_looks(config.looks, config.confidence)
     least, most = math.ceil(100 * model.narrow.order.costs[1]), math.floor(100 * config.narrow_budget)
     with gr.Blocks(title="BudgetFormer", analytics_enabled=False, delete_cache=(600, 600)) as page:
         gr.Markdown(f"# BudgetFormer\n`{checkpoint}`, {shape}: a cheap first look, and the full model where in doubt.")
         with gr.Row():
             with gr.Column(min_width=280):
-                plain = gr.Checkbox(True, label=f"Plain call: {call}")
+                plain = gr.Checkbox(True, label=f"Plain call, which {call}")
             with gr.Column(min_width=280):
                 label = "Or ask for a budget, in % of the full model's work"
                 most = 100 if config.margins else most  # none in between can be asked for

@@ -46,7 +46,7 @@ class Record:
 
     def __str__(self) -> str:
         call = describe_looks(self.looks, self.confidence)
-        text = f"On {self.rows:,} rows of {self.source}. A plain call then was {call}."
+        text = f"On {self.rows:,} rows of {self.source}, by a model whose plain call {call}."
         if "weights" in self.changed:
             return f"{text} OUT OF DATE: the weights have changed since; measure it again."
         if self.stale:
@@ -55,13 +55,13 @@ class Record:
 
 
 def describe_looks(looks: Sequence[float] | None, confidence: Sequence[float] | None) -> str:
-    """A plain call in words, by `config.looks` and `config.confidence` of a trained model."""
+    """What a plain call does, in words, by `config.looks` and `config.confidence` of a trained model."""
     looks = looks or DEFAULT_LOOKS
     if len(looks) == 1:
-        return "the full model" if looks[0] == 1.0 else f"a look at a budget of {looks[0]:.3g}"
+        return "runs the full model" if looks[0] == 1.0 else f"looks once, at a budget of {looks[0]:.3g}"
     margins = confidence or [DEFAULT_CONFIDENCE] * (len(looks) - 1)
     budgets, known = (", then ".join(f"{value:.3g}" for value in values) for values in (looks, margins))
-    return f"looks at budgets of {budgets}, until the margin is {known}"
+    return f"looks at budgets of {budgets}, until the margin reaches {known}"
 
 
 def short_name(source: Any) -> str:
