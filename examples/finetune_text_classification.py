@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     budgetformer = train_narrow(folder, parts["train"], parts["test"], tokenizer, args)
     budgetformer.save_model()
 
-    model = budgetformer.model
+    model: Any = budgetformer.model
     stock = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device)
     batches = make_batches(data["test"], tokenizer)
     rows = {"stock": answer(stock, batches)}

@@ -47,7 +47,7 @@ def shard_without_gpus(arguments: TrainingArguments) -> None:
 
 def metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy; and the mean budget where the Trainer was told to keep it."""
-    outputs = prediction.predictions
+    outputs: Any = prediction.predictions
     logits, *spent = outputs if isinstance(outputs, tuple) else (outputs,)
     found = {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
     return {**found, "budget": float(spent[0].mean())} if spent else found
