@@ -20,7 +20,7 @@ from .backbones import BACKBONES, max_input_length
 from .budgets import FULL_LOOK, Look, Plan, confidence, has_confidence, plan_budget, plan_looks
 from .configuration_budgetformer import EXECUTOR_CHOICES, BudgetFormerConfig, is_share
 from .losses import attach_loss, hidden_divergence, teacher_divergence
-from .narrow import Importance, NarrowEncoder
+from .narrow import Importance, NarrowEncoder, copy_parameters
 from .packing import PackedBatch, PaddedBatch, find_packing
 from .relevance import ExplorationSchedule, GateLinear, OwnBudget, RoutedEncoder, Routing
 
@@ -221,9 +221,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         """Copies pooler and classifier of the full encoder, where there are any."""
         narrow, pooler, head = self.narrow, self.base_model.pooler, getattr(self, "classifier", None)
         if narrow is not None and narrow.pooler is not None and pooler is not None:
-            narrow.pooler.load_state_dict(pooler.state_dict())
+            copy_parameters(narrow.pooler, pooler)
         if narrow is not None and narrow.head is not None and head is not None:
-            narrow.head.load_state_dict(head.state_dict())
+            copy_parameters(narrow.head, head)
 
     def _finish(self) -> None:
         """What every constructor ends with."""
@@ -560,9 +560,12 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         target = outputs.last_hidden_state
         if isinstance(embedded.batch, PackedBatch):
             target = embedded.batch.pack(target)
-        divergence = hidden_divergence(hidden, target.detach()) + self.narrow.untouched()
+        divergence = hidden_divergence(hidden, target.detach())
+        pooled = self.narrow.pool(embedded.batch.first(hidden))
+        if pooled is not None:  # distributed training waits for its gradient too
+            divergence = divergence + 0.0 * pooled.sum()
         self.training_log = {"divergence": divergence.detach(), "budget": divergence.new_tensor(look.cost).detach()}
-        self.narrow.steps += 1
+        self.narrow.count_step(hidden)
         return self._attach(outputs, divergence)
 
     def _attach(self, outputs: BudgetFormerModelOutput, loss: torch.Tensor) -> BudgetFormerModelOutput:
@@ -770,7 +773,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         log = {"budget": answer.new_tensor(look.cost)}
         if loss is not None:
             log["task_loss"] = loss.detach()
-        own_loss = narrow.untouched()
+        own_loss = answer.new_zeros(())
         if target is not None:
             divergence = teacher_divergence(answer, target, problem_type).mean()
             log["divergence"] = divergence.detach()
@@ -778,14 +781,14 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         if not config.full_encoder and target is not None:  # the labels and the teacher share the loss
             own_loss = config.distillation_weight * own_loss
             loss = None if loss is None else (1.0 - config.distillation_weight) * loss
-        narrow.steps += 1
+        narrow.count_step(answer)
         self.training_log = log
         if loss is not None:
             outputs.loss = loss + own_loss
         elif config.freeze_full or not config.full_encoder:  # rows without labels teach the narrow encoder too
             outputs.loss = own_loss if target is not None else None
         outputs.logits = attach_loss(answer if logits is None else logits, own_loss)
-        if outputs.hidden_states is not None:
+        if outputs.hidden_states is not None and outputs.hidden_states[-1] is not None:
             last = attach_loss(outputs.hidden_states[-1], own_loss)
             outputs.hidden_states = (*outputs.hidden_states[:-1], last)
         outputs.budget = answer.new_full((embedded.rows,), look.cost + runs_full, dtype=torch.float32)

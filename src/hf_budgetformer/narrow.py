@@ -67,8 +67,8 @@ def from_first_inputs(linear: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _add(output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """The residual; in place where nobody needs the summand."""
-    return output + hidden if torch.is_grad_enabled() else output.add_(hidden)
+    """The residual; in place where nobody needs the summand. A trace is one graph, with gradients or without."""
+    return output + hidden if torch.is_grad_enabled() or torch.jit.is_tracing() else output.add_(hidden)
 
 
 class NarrowLayer(nn.Module):
@@ -133,7 +133,7 @@ class NarrowLayer(nn.Module):
     ) -> torch.Tensor:
         computed = self.heads if masked else heads
         if not computed:
-            return from_first_inputs(self.attention_output, hidden[..., :0])
+            return from_first_inputs(self.attention_output, self._open(self.qkv, hidden, 0))
         stacked = first_outputs(self.qkv, hidden, computed * 3 * self.size)
         parts = stacked.unflatten(-1, (computed, 3, self.size)).unbind(-2)  # each (..., h, d)
         if isinstance(layout, Sequences):
@@ -145,14 +145,15 @@ class NarrowLayer(nn.Module):
     def _feed_forward(self, attended: torch.Tensor, neurons: int, masked: bool) -> torch.Tensor:
         read = self.feed_forward_norm(attended) if self.norm_first else attended
         computed = self.neurons if masked else neurons
-        if computed:
-            inner = self.activation(first_outputs(self.up, read, computed))
-            if self.gate is not None:
-                inner = inner * first_outputs(self.gate, read, computed)
-        else:
-            inner = read[..., :0]
+        inner = self.activation(self._open(self.up, read, computed))
+        if self.gate is not None:
+            inner = inner * self._open(self.gate, read, computed)
         output = _add(from_first_inputs(self.down, self._close(inner, neurons, masked)), attended)
         return output if self.norm_first else self.feed_forward_norm(output)
+
+    def _open(self, linear: nn.Module, hidden: torch.Tensor, count: int) -> torch.Tensor:
+        """First outputs. In training none come of the layer too: distributed training waits for its gradients."""
+        return first_outputs(linear, hidden, count) if count or self.training else hidden[..., :0]
 
     @staticmethod
     def _close(values: torch.Tensor, count: int, masked: bool) -> torch.Tensor:
@@ -227,15 +228,19 @@ class NarrowEncoder(nn.Module):
         logits: torch.Tensor = self.head(first[:, None] if pooled is None else pooled)  # type: ignore[misc]
         return logits
 
+    def count_step(self, output: torch.Tensor) -> None:
+        """Counts a training forward pass, if anything of what led to `output` is trained, and not all frozen."""
+        self.steps.add_(int(output.requires_grad))
+
+    def is_whole(self) -> bool:
+        """Whether all parameters of its layers are trained, and so, where an adapter is saved, saved."""
+        return all(parameter.requires_grad for parameter in self.layer.parameters())
+
     @torch.compiler.disable  # or every step would be compiled anew
     def draw(self) -> Look:
         """What a training step opens: drawn anew for each step, from the number of steps and nothing else."""
         share = random.Random(int(self.steps)).choice(TRAINED_SHARES)
         return self.order.look(share * self.widest.cost)
-
-    def untouched(self) -> torch.Tensor:
-        """Zero, in the graph of every parameter: distributed training waits for a gradient of each."""
-        return sum(0.0 * parameter.flatten()[:1].sum() for parameter in self.parameters())  # type: ignore[return-value]
 
     @torch.no_grad()
     def copy_units(self, layers: Sequence[nn.Module], names: Any, importance: Sequence[Importance] | None) -> None:
@@ -248,15 +253,23 @@ class NarrowEncoder(nn.Module):
         """
         for index, (own, full) in enumerate(zip(self.layer, layers, strict=True)):
             parts = {part: full.get_submodule(name) for part, name in vars(names).items() if name is not None}
-            weights = {
-                (part, kind): _gathered(value)
+            weights = {  # by attribute, for an adapter around a layer has other parameters too
+                (part, kind): _gathered(getattr(module, kind))
                 for part, module in parts.items()
-                for kind, value in module.named_parameters()
+                for kind in ("weight", "bias")
+                if getattr(module, kind, None) is not None
             }
             chosen = weight_importance(weights, own.size) if importance is None else importance[index]
             heads = chosen.heads.to(weights["query", "weight"].device).argsort(descending=True, stable=True)
             neurons = chosen.neurons.to(heads.device).argsort(descending=True, stable=True)
             _copy_layer(own, weights, heads[: own.heads], neurons[: own.neurons])
+
+
+@torch.no_grad()
+def copy_parameters(own: nn.Module, full: nn.Module) -> None:
+    """Copies a module's parameters from another of its kind, which an adapter may have wrapped."""
+    for name, parameter in own.named_parameters():
+        _assign(parameter, _gathered(full.get_parameter(name)))
 
 
 def weight_importance(weights: dict[tuple[str, str], torch.Tensor], size: int) -> Importance:
