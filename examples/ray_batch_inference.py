@@ -5,8 +5,8 @@
 
 `out/predictions/*.parquet` holds row, label, score and budget, what was spent as a share of the full model's work; rows
 are counted from 0 through all input files, sorted by name. Rows without a text that can be read are set aside in
-`out/rejected.parquet`, with the reason; it is written last: all is done when it is there. On a cluster all machines must
-see the same folders and have this package with its extra [ray].
+`out/rejected.parquet`, with the reason; it is written last: all is done when it is there. On a cluster all machines
+must see the same folders and have this package with its extra [ray].
 """
 
 import argparse

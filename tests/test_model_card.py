@@ -112,7 +112,7 @@ def test_everything_that_was_measured_is_in_it(checkpoint):
         *figures,
         "stanfordnlp/imdb, taught by out/teacher, in 1.5 minutes",
         "learning_rate: 3e-05",
-        "On 50 rows of teapots/reviews.csv, test. A plain call then was looks at budgets of 0.167, then 1",
+        "On 50 rows of teapots/reviews.csv, test, by a model whose plain call looks at budgets of 0.167, then 1",
     ]:
         assert figure in text
     assert "somebody" not in text
@@ -191,8 +191,8 @@ def test_a_small_evaluation_neither_replaces_a_large_one_nor_is_published_in_its
     save_result(checkpoint, "evaluation", small.to_dict(), DATA, "test", 20)
     save_result(checkpoint, "evaluation", small.to_dict(), "me/others", None, 20)
     text = write_model_card(checkpoint).read_text()
-    assert text.index("On 50 rows of teapots/reviews.csv, test.") < text.index(
-        "On 20 rows of teapots/reviews.csv, test."
+    assert text.index("On 50 rows of teapots/reviews.csv, test,") < text.index(
+        "On 20 rows of teapots/reviews.csv, test,"
     )
     found = [(x.dataset_name, x.dataset_split, x.metric_value) for x in ModelCard(text).data.eval_results]
     assert found == [
@@ -208,8 +208,8 @@ def test_figures_of_a_plain_call_are_out_of_date_once_its_looks_have_changed(che
     config = json.loads((checkpoint / "config.json").read_text())
     write_json(checkpoint / "config.json", {**config, "looks": [0.125, 1.0], "confidence": [0.6]})
     text = write_model_card(checkpoint).read_text()
-    assert "A plain call is looks at budgets of 0.125, then 1, until the margin is 0.6." in text
-    assert "A plain call then was looks at budgets of 0.167, then 1, until the margin is 0.8. OUT OF DATE" in text
+    assert "A plain call looks at budgets of 0.125, then 1, until the margin reaches 0.6." in text
+    assert "plain call looks at budgets of 0.167, then 1, until the margin reaches 0.8. OUT OF DATE" in text
     assert [x.metric_name for x in ModelCard(text).data.eval_results] == ["accuracy, budget 1"]
     assert not drawn(checkpoint), "what no longer holds is not drawn"
     assert "![" not in text
@@ -233,10 +233,10 @@ def test_figures_are_out_of_date_once_the_weights_have_changed(checkpoint, undra
     [
         ({}, "trained with it (`budget=1.0`)"),
         ({"freeze_full": True}, "as it was before (`budget=1.0`)"),
-        ({"trained": False}, "A plain call is the full model, for the narrow encoder has not been trained."),
-        ({"looks": [0.25]}, "A plain call is a look at a budget of 0.25."),
-        ({"router": "layer"}, "A plain call is the share of the heads that it learned to choose."),
-        ({"router": "layer", "looks": [0.5]}, "A plain call is 0.5 of the heads."),
+        ({"trained": False}, "A plain call runs the full model, for the narrow encoder has not been trained."),
+        ({"looks": [0.25]}, "A plain call looks once, at a budget of 0.25."),
+        ({"router": "layer"}, "A plain call runs the share of the heads that it learned to choose."),
+        ({"router": "layer", "looks": [0.5]}, "A plain call runs 0.5 of the heads."),
     ],
 )
 def test_it_says_what_a_plain_call_is(tmp_path, fields, told):
@@ -286,7 +286,7 @@ def test_a_model_that_was_cut_is_not_said_to_go_on_to_the_full_one(tokenizer, tm
     tokenizer.save_pretrained(tmp_path)
     text = write_model_card(tmp_path).read_text()
     assert "Cut from a model of 3 layers of 4 attention heads" in text
-    assert "A plain call is a look at a budget of 0.2" in text
+    assert "A plain call looks once, at a budget of 0.2" in text
     assert "doubt" not in text
 
 

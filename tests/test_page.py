@@ -223,7 +223,7 @@ def test_the_curve_is_drawn_with_its_table_and_data_or_the_page_says_how_to_make
     shown = page.show_curves(str(checkpoint))
     assert '<img class="bf-curve" src="data:image/png;base64,iVBOR' in shown
     assert re.search(r"plain +85\.0% ", shown)
-    assert "On 60 rows of me/teapots, test." in shown
+    assert "On 60 rows of me/teapots, test, by a model whose plain call looks at" in shown
     assert "OUT OF DATE" not in shown
     for nothing in (str(tmp_path), "me/not-in-the-cache"):
         assert f"<code>budgetformer evaluate {nothing} DATA</code>" in page.show_curves(nothing)

@@ -89,7 +89,7 @@ def plot_accuracy(evaluation: "Evaluation", path: str | Path) -> Path:
         color = COLORS["plain" if x.asked is None else "ours"]
         axes[0].vlines(x.spent, *x.interval, color=color, linewidth=1)
         if x.asked is not None:
-            place = {"textcoords": "offset points", "xytext": (5, -10), "ha": "left", "fontsize": 7}
+            place: dict[str, Any] = {"textcoords": "offset points", "xytext": (5, -10), "fontsize": 7}
             axes[0].annotate(f"{x.asked:.3g}", (x.spent, x.accuracy), **place)
         if x.asked == 1.0:
             axes[0].axhline(x.accuracy, color="grey", linewidth=0.8, linestyle="--", label="full model")
