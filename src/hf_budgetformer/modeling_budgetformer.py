@@ -711,7 +711,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             if not len(rows):
                 break
             embedded, doubted = embedded if len(rows) == embedded.rows else embedded.select(rows), doubted[rows]
-            answer = self._answer(embedded, look, masked)
+            answer = self._answer(embedded, look, masked).to(logits.device)
             logits = logits.index_copy(0, doubted, answer)
             spent = spent.index_add(0, doubted, spent.new_full((len(rows),), look.cost))
         return logits, spent
