@@ -16,33 +16,29 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from conftest import LONGEST, batch_of, budgetformer, stock_folder
 from hf_budgetformer import BudgetFormerForSequenceClassification
+from hf_budgetformer.tools.narrowing import order_units
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # scripts import what lies beside them
 train_distributed = import_module("train_distributed")
-# Nothing is drawn: with soft gates no head is rounded up or down at random.
-DETERMINISTIC = {"gate_type": "soft", "budget_sampling": 0.0, "exploration_steps": 0, "distillation_weight": 0.5}
 
 
 @pytest.fixture(scope="module")
 def folder(texts, tokenizer, tmp_path_factory):
-    """Checkpoints that draw nothing and everything, a teacher, and texts."""
+    """A checkpoint, a teacher, and texts."""
     folder = tmp_path_factory.mktemp("accelerate")
     (folder / "data").mkdir()
     for split in ("train", "test"):
         texts.to_parquet(folder / "data" / f"{split}.parquet")
     set_seed(0)
-    for name, fields in (("deterministic", DETERMINISTIC), ("drawing", {})):
-        budgetformer("bert", **fields).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    stock_folder("bert", folder / "teacher")
+    tokenizer.save_pretrained(stock_folder("bert", folder / "stock"))
     return folder
 
 
-def options(folder, name, **changes):
+def options(folder, **changes):
     given = {
-        "model": folder / name, "dataset": folder / "data", "max_length": LONGEST, "max_steps": 6, "save_steps": 3,
+        "model": folder / "stock", "dataset": folder / "data", "max_length": LONGEST, "max_steps": 6, "save_steps": 3,
         "logging_steps": 1, "learning_rate": 1e-4, "per_device_train_batch_size": 8, "disable_tqdm": True, **changes,
     }  # fmt: skip
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
@@ -67,13 +63,13 @@ def logged(output):
 
 @pytest.fixture(scope="module")
 def ddp(folder):
-    launch("ddp.yaml", options(folder, "drawing", output_dir=folder / "ddp"))
+    launch("ddp.yaml", options(folder, output_dir=folder / "ddp"))
     return folder / "ddp"
 
 
 @pytest.fixture(scope="module")
 def sharded(folder):
-    launch("fsdp2.yaml", options(folder, "drawing", output_dir=folder / "fsdp2"))
+    launch("fsdp2.yaml", options(folder, output_dir=folder / "fsdp2"))
     return folder / "fsdp2"
 
 
@@ -86,24 +82,45 @@ def process_group():
 
 # Nothing of ours changes in place what a layer returns.
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
-def test_a_sharded_model_has_the_gradients_of_the_whole_one(backbone_type, process_group):
+@pytest.mark.parametrize("budget", [0.25, 0.09])
+def test_a_sharded_model_has_the_gradients_of_the_whole_one(budget, backbone_type, process_group):
+    """Layer by layer, also those that a budget closes whole: the others would wait for their gradients."""
     gradients = []
     for sharding in (False, True):
         set_seed(0)
-        model = budgetformer(backbone_type).train()
+        model = budgetformer(backbone_type, trained=False).train()
         model.base_model.embeddings.requires_grad_(False)
+        counts = model.narrow.order.look(budget).counts
+        assert (0 in counts.heads) is (budget == 0.09)
         if sharding:
-            for module in [*model.base_model.encoder.layer, model]:
+            for module in [*model.base_model.encoder.layer, *model.narrow.layer, model]:
                 fully_shard(module)
-        outputs = model(**batch_of([5, 9, 7], backbone_type), labels=torch.tensor([0, 1, 2]))
+        batch = batch_of([5, 9, 7], backbone_type)
+        outputs = model(**batch, labels=torch.tensor([0, 1, 2]), budget=budget)
         outputs.loss.backward()
         found = {name: x.grad for name, x in model.named_parameters() if x.requires_grad}
         assert not [name for name, gradient in found.items() if gradient is None]
         gradients.append({name: x.full_tensor() if sharding else x for name, x in found.items()})
-        assert model.base_model.exploration.steps.item() == 1
+        assert model.narrow.steps.item() == 1
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_the_units_of_a_sharded_model_can_be_ordered(process_group):
+    batches = [{**batch_of([5, 9, 7]), "labels": torch.tensor([0, 1, 2])}]
+    weights = []
+    for sharding in (False, True):
+        set_seed(0)
+        model = budgetformer("bert", trained=False, narrow_budget=1.0)
+        if sharding:
+            for module in [*model.base_model.encoder.layer, *model.narrow.layer, model]:
+                fully_shard(module)
+        order_units(model, batches)
+        found = dict(model.narrow.named_parameters())
+        weights.append({name: x.full_tensor() if sharding else x for name, x in found.items()})
+    for name, weight in weights[0].items():
+        assert torch.equal(weights[1][name], weight), name
 
 
 def test_a_sharded_model_is_saved_with_its_own_code(process_group, tmp_path):
@@ -118,36 +135,35 @@ def test_a_sharded_model_is_saved_with_its_own_code(process_group, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("frozen", [{}, {"freeze_full": True}], ids=["together", "frozen"])
 @pytest.mark.parametrize(("config", "kind"), [("ddp.yaml", "MULTI_CPU"), ("fsdp2.yaml", "FSDP")])
-def test_two_processes_have_the_losses_of_one(config, kind, folder, tmp_path):
-    """One process takes the shares of both one after the other: then each term is a mean over the same rows."""
-    arguments = options(folder, "deterministic", teacher=folder / "teacher")
+def test_two_processes_have_the_losses_of_one(config, kind, frozen, folder, tmp_path):
+    """One process takes the shares of both in one batch: each term is a mean over the same rows."""
+    arguments = options(folder, teacher=folder / "stock", **frozen)
     printed = launch(config, [*arguments, "--output_dir", tmp_path / "two"])
     assert f"2 processes, {kind} on cpu" in printed
-    arguments += ["--output_dir", str(tmp_path / "one"), "--gradient_accumulation_steps", "2"]
+    arguments += ["--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "16"]
     train_distributed.main(arguments)
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
     one, two = (load_file(tmp_path / count / "model.safetensors") for count in ("one", "two"))
-    steps = "bert.exploration.steps"  # counts forward passes
-    assert (one.pop(steps), two.pop(steps)) == (12, 6)
+    assert one["narrow.steps"] == 6
     assert one.keys() == two.keys()
     for name, value in one.items():
         # Softmax cancels a key's bias: its gradient is rounding, of which Adam makes steps of up to the learning rate.
-        atol = 2 * 6 * 1e-4 if name.endswith("key.bias") else 1e-5
+        atol = 2 * 6 * 1e-4 if name.endswith(("key.bias", "qkv.bias")) else 1e-5
         torch.testing.assert_close(two[name], value, msg=name, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.slow
-def test_sharded_training_draws_and_learns_what_ddp_does(ddp, sharded):
+def test_sharded_training_learns_what_ddp_does(ddp, sharded):
     assert len(logged(ddp)) == 12
     assert logged(sharded) == pytest.approx(logged(ddp), rel=1e-4)
 
 
 @pytest.mark.slow
 def test_a_sharded_training_that_is_resumed_goes_on_to_the_same_losses(folder, sharded, tmp_path):
-    """In the middle of exploration, with budgets, noise and the rounding of heads drawn at random."""
     resume = {"output_dir": tmp_path, "resume_from_checkpoint": sharded / "checkpoint-3"}
-    launch("fsdp2.yaml", options(folder, "drawing", **resume))
+    launch("fsdp2.yaml", options(folder, **resume))
     assert logged(tmp_path) == pytest.approx(logged(sharded), rel=1e-5)
     before, after = (load_file(x / "model.safetensors") for x in (sharded, tmp_path))
     for name, value in before.items():
@@ -160,6 +176,6 @@ def test_every_checkpoint_of_a_sharded_training_loads_in_one_process(ddp, sharde
     for name, steps in (("checkpoint-3", 3), ("checkpoint-6", 6), (".", 6)):
         model, loading = BudgetFormerForSequenceClassification.from_pretrained(sharded / name, output_loading_info=True)
         assert not any(loading.values())
-        assert model.bert.exploration.steps.item() == steps
+        assert model.narrow.steps.item() == steps
         expected = AutoModelForSequenceClassification.from_pretrained(ddp / name)
         torch.testing.assert_close(model(**batch).logits, expected(**batch).logits, rtol=1e-3, atol=1e-4)
