@@ -22,6 +22,14 @@ _GONE = {
 _NOT_ADOPTED = ("model_type", "architectures", "transformers_version", "auto_map", "use_cache", "_name_or_path")
 
 
+def _refuse_gone(fields: dict[str, Any]) -> None:
+    for name in _GONE.keys() & fields.keys():
+        raise ValueError(
+            f"{name} is a field of hf_budgetformer 0.1, got {fields[name]!r}: write {_GONE[name]} instead. A "
+            "checkpoint of 0.1 is trained anew from its backbone, which the stock class loads from its folder."
+        )
+
+
 def _checked(allowed: str, accepts: Callable[[Any], bool], default: Any) -> Any:
     """A dataclass field that refuses what does not satisfy `accepts`; the error names value and allowed range."""
 
@@ -171,11 +179,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         for name in ("is_decoder", "add_cross_attention"):
             if kwargs.pop(name, False):
                 raise ValueError(f"{name} must be False, got True: BudgetFormer is an encoder.")
-        for name in _GONE.keys() & kwargs.keys():
-            raise ValueError(
-                f"{name} is a field of hf_budgetformer 0.1, got {kwargs[name]!r}: write {_GONE[name]} instead. A "
-                "checkpoint of 0.1 is trained anew from its backbone, which the stock class loads from its folder."
-            )
+        _refuse_gone(kwargs)
         super().__post_init__(**kwargs)
 
     def validate_opening_order(self) -> None:
@@ -260,6 +264,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As upstream, but the dictionary of a plain BERT or RoBERTa checkpoint comes back as one of this class."""
+        _refuse_gone(kwargs)
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # Checkpoints of 2019 name no type: the caller may.
         config_dict.setdefault("model_type", kwargs.get("backbone_model_type"))
