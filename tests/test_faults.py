@@ -145,23 +145,25 @@ def test_a_misspelt_option_of_ours_is_refused(name, backbone_type):
         budgetformer(backbone_type)(**batch_of(LENGTHS, backbone_type), **{name: 0.5})
 
 
+def count_flops(network, batch, **arguments):
+    with FlopCounterMode(display=False) as counter:
+        outputs = network(**batch, **arguments)
+    return counter.get_total_flops(), outputs
+
+
 def test_an_example_that_forgets_no_grad_spares_what_it_says(backbone_type):
     """Gradients are on in every notebook: what closed units would cost is spared all the same."""
-    model, batch = budgetformer(backbone_type), batch_of([20] * 8, backbone_type)
+    model, batch = budgetformer(backbone_type, narrow_budget=0.5), batch_of([20] * 8, backbone_type)
     model.config.confidence = [0.0]  # nothing is doubted
-
-    def flops(network, **arguments):
-        assert torch.is_grad_enabled()
-        with FlopCounterMode(display=False) as counter:
-            outputs = network(**batch, **arguments)
-        return counter.get_total_flops(), getattr(outputs, "budget", None)
-
-    whole, _ = flops(stock_classifier(backbone_type))
+    whole, _ = count_flops(stock_classifier(backbone_type), batch)
     for arguments in ({"budget": 0.25}, {}):
-        spent, budgets = flops(model, **arguments)
+        spent, outputs = count_flops(model, batch, **arguments)
+        assert outputs.logits.requires_grad
         assert spent < 0.4 * whole
-        assert budgets.max() <= 0.25
-    assert flops(model, budget=1.0)[0] == pytest.approx(whole, rel=0.01)
+        assert outputs.budget.max() <= 0.25
+        with torch.no_grad():
+            assert count_flops(model, batch, **arguments)[0] == spent
+    assert count_flops(model, batch, budget=1.0)[0] == pytest.approx(whole, rel=0.01)
 
 
 def test_a_width_that_heads_do_not_divide_is_refused_when_the_model_is_built(backbone_type):
