@@ -55,9 +55,7 @@ def test_a_merged_adapter_answers_as_the_adapter_did(router, peft, backbone_type
 
 
 @pytest.mark.parametrize("callbacks", [[], [BudgetCallback()]], ids=["plain", "ordered"])
-def test_a_saved_adapter_answers_as_it_did_when_loaded(
-    callbacks, peft, backbone_type, tokenizer, tokenized, tmp_path
-):
+def test_a_saved_adapter_answers_as_it_did_when_loaded(callbacks, peft, backbone_type, tokenizer, tokenized, tmp_path):
     folder = stock_folder(backbone_type, tmp_path / "stock")
     load = BudgetFormerForSequenceClassification.from_pretrained
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], modules_to_save=["narrow"])

@@ -23,7 +23,7 @@ KINDS = {
 
 
 def replicate(network):
-    """What `nn.DataParallel` runs on each of several devices: modules without parameters, whose tensors are attributes."""
+    """What `nn.DataParallel` runs on each of several devices: modules without parameters, tensors in their place."""
     copies = {module: module._replicate_for_data_parallel() for module in network.modules()}
     for module, replica in copies.items():
         for name, child in module.named_children():
@@ -171,7 +171,7 @@ def test_a_width_that_heads_do_not_divide_is_refused_when_the_model_is_built(bac
     stock = stock_config(backbone_type, hidden_size=18)
     config = BudgetFormerConfig.from_backbone_config(stock)
     for build in (BudgetFormerModel, BudgetFormerForSequenceClassification):
-        with pytest.raises(ValueError, match="hidden size .18.*multiple of.*4|hidden_size.*multiple.*18 and 4"):
+        with pytest.raises(ValueError, match=r"multiple of"):
             build(config)
 
 

@@ -422,9 +422,7 @@ def test_the_stock_class_loads_our_folder(backbone_type, tmp_path):
     assert info["mismatched_keys"] == set()
     assert info["unexpected_keys"] == of_narrow(model.state_dict()) != set()
     batch = batch_of([9, 4, 17], backbone_type)
-    assert torch.equal(
-        settled(stock)(**batch).logits, settled(model)(**batch, budget=1.0, executor="masked").logits
-    )
+    assert torch.equal(settled(stock)(**batch).logits, settled(model)(**batch, budget=1.0, executor="masked").logits)
 
 
 def test_a_plain_encoder_lacks_a_narrow_one_and_a_classifier_only(backbone_type, tmp_path):

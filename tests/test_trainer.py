@@ -109,8 +109,8 @@ def test_the_full_model_learns_bit_for_bit_as_the_stock_class_does(
     assert not info["missing_keys"]
 
 
-def test_a_plain_trainer_teaches_both_encoders(backbone_type, tokenizer, tokenized, tmp_path):
-    model = budgetformer(backbone_type, trained=False)
+def test_a_plain_trainer_teaches_both_encoders(tokenizer, tokenized, tmp_path):
+    model = budgetformer("bert", trained=False)
     trainer = trainer_for(model, tmp_path, tokenizer, tokenized, max_steps=100, learning_rate=4e-3, logging_steps=100)
     trainer.train()
     assert model.narrow.steps.item() == 100
@@ -123,10 +123,10 @@ def test_a_plain_trainer_teaches_both_encoders(backbone_type, tokenizer, tokeniz
         assert right / 64 > 0.8, budget
 
 
-def test_resuming_gives_the_losses_of_the_uninterrupted_run(backbone_type, tokenizer, tokenized, tmp_path):
+def test_resuming_gives_the_losses_of_the_uninterrupted_run(tokenizer, tokenized, tmp_path):
     def run(checkpoint=None):
         set_seed(0)
-        model = budgetformer(backbone_type, trained=False)
+        model = budgetformer("bert", trained=False)
         trainer = trainer_for(
             model, tmp_path, tokenizer, tokenized, callbacks=[BudgetCallback()], save_strategy="steps", save_steps=3
         )
@@ -157,8 +157,8 @@ def test_evaluation_does_not_count_as_training(tokenizer, tokenized, tmp_path):
     assert again.is_trained()
 
 
-def test_the_best_model_is_loaded_at_the_end(backbone_type, tokenizer, tokenized, tmp_path):
-    model = budgetformer(backbone_type)
+def test_the_best_model_is_loaded_at_the_end(tokenizer, tokenized, tmp_path):
+    model = budgetformer("bert")
     trainer = trainer_for(
         model, tmp_path, tokenizer, tokenized, evaluate_on=tokenized, eval_strategy="steps", eval_steps=2,
         save_strategy="steps", save_steps=2, load_best_model_at_end=True, metric_for_best_model="loss",
@@ -171,9 +171,9 @@ def test_the_best_model_is_loaded_at_the_end(backbone_type, tokenizer, tokenized
     assert not changed(saved.state_dict(), model.state_dict())
 
 
-def test_predictions_are_the_logits_and_nothing_else(backbone_type, tokenizer, tokenized, tmp_path):
+def test_predictions_are_the_logits_and_nothing_else(tokenizer, tokenized, tmp_path):
     """Trap 9: every unlisted output joins them."""
-    model = budgetformer(backbone_type)
+    model = budgetformer("bert")
     trainer = trainer_for(model, tmp_path, tokenizer, tokenized)
     for mode in (model.eval, model.train):
         mode()
@@ -187,13 +187,12 @@ def test_predictions_are_the_logits_and_nothing_else(backbone_type, tokenizer, t
 def test_accumulated_gradients_equal_the_large_batchs(kind, tokenizer, tokenized, tmp_path):
     """Trap 5: forward takes **kwargs, and Trainer would not divide by the number of micro-batches."""
     routers = {"router": "layer", "budget_sampling": 0.0, "exploration_steps": 0, "budget_loss_weight": 0.0}
+    routers["need_scale"] = 0.0
     gradients = []
     for accumulation, batch_size in ((1, 16), (4, 4)):
         set_seed(0)
-        if kind == "layer":  # half of four heads is two, so that nothing is drawn
-            model = budgetformer("bert", **routers, need_scale=0.0, stir=False)
-        else:
-            model = budgetformer("bert")
+        # With routers half of four heads is two, so that nothing is drawn.
+        model = budgetformer("bert", stir=False, **(routers if kind == "layer" else {}))
         keeper = GradientsAtFirstStep()
         trainer_for(
             cut(model, 0.25) if kind == "cut" else model, tmp_path, tokenizer, tokenized.select(range(16)),
@@ -349,8 +348,8 @@ def test_what_is_trained_already_unlabelled_or_a_stream_is_not_ordered(tokenizer
     assert not ordered(soft, loss=outside)
 
 
-def test_the_evaluation_set_says_how_sure_the_first_look_is(backbone_type, tokenizer, tokenized, tmp_path):
-    model = budgetformer(backbone_type)
+def test_the_evaluation_set_says_how_sure_the_first_look_is(tokenizer, tokenized, tmp_path):
+    model = budgetformer("bert")
     trainer = trainer_for(
         model, tmp_path, tokenizer, tokenized, callbacks=[BudgetCallback()], evaluate_on=tokenized, max_steps=2,
         eval_strategy="steps",
@@ -361,18 +360,18 @@ def test_the_evaluation_set_says_how_sure_the_first_look_is(backbone_type, token
         with torch.no_grad():
             found = [model(**batch, budget=budget).budget for batch in trainer.get_eval_dataloader(tokenized)]
         assert torch.cat(found).mean().item() == pytest.approx(budget, abs=0.05)
-    bare = budgetformer(backbone_type)
+    bare = budgetformer("bert")
     trainer_for(bare, tmp_path, tokenizer, tokenized, callbacks=[BudgetCallback()], max_steps=1).train()
     assert bare.config.margins is None
 
 
-def test_an_encoder_without_a_classifier_trains_with_the_callback(backbone_type, tokenized, tokenizer, tmp_path):
+def test_an_encoder_without_a_classifier_trains_with_the_callback(tokenized, tokenizer, tmp_path):
     """A module of the user's own around the encoder, whose loss it computes itself."""
 
     class Scorer(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = BudgetFormerModel(budgetformer(backbone_type).config)
+            self.encoder = BudgetFormerModel(budgetformer("bert").config)
             self.score = torch.nn.Linear(self.encoder.config.hidden_size, 3)
 
         def forward(self, input_ids, attention_mask, labels):
@@ -396,8 +395,8 @@ def test_the_callback_needs_a_budgetformer(tokenizer, tokenized, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [{"bf16": True}, {CHECKPOINTING: True}])
-def test_it_trains_under(arguments, backbone_type, tokenizer, tokenized, tmp_path):
-    model = budgetformer(backbone_type)
+def test_it_trains_under(arguments, tokenizer, tokenized, tmp_path):
+    model = budgetformer("bert")
     trainer = trainer_for(
         model, tmp_path, tokenizer, tokenized, max_steps=32, learning_rate=5e-3,
         callbacks=[BudgetCallback()], **arguments,
@@ -408,12 +407,12 @@ def test_it_trains_under(arguments, backbone_type, tokenizer, tokenized, tmp_pat
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
 
 
-def test_checkpointing_counts_a_step_once_and_changes_no_gradient(backbone_type, tokenizer, tokenized, tmp_path):
+def test_checkpointing_counts_a_step_once_and_changes_no_gradient(tokenizer, tokenized, tmp_path):
     """Trap 11: a layer's forward runs twice."""
     gradients = []
     for checkpointing in (False, True):
         set_seed(0)
-        model, keeper = budgetformer(backbone_type, trained=False), GradientsAtFirstStep()
+        model, keeper = budgetformer("bert", trained=False), GradientsAtFirstStep()
         arguments = {CHECKPOINTING: checkpointing}
         trainer_for(model, tmp_path, tokenizer, tokenized, callbacks=[keeper], max_steps=1, **arguments).train()
         assert model.narrow.steps.item() == 1
@@ -442,6 +441,7 @@ def test_a_compiled_model_learns_what_the_eager_one_does(tokenizer, tokenized, t
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_the_whole_batch(tokenizer, tokenized, tmp_path):
     """With the model's own loss, and with one computed outside from the logits, labels among the inputs."""
     budgetformer("bert", trained=False).save_pretrained(tmp_path / "model")

@@ -22,7 +22,6 @@ from .budgets import TRAINED_SHARES, Counts, Look, OpeningOrder
 from .packing import PackedBatch, PaddedBatch, Sequences
 
 
-
 class Importance(NamedTuple):
     """Of the units of one layer of the full encoder, the larger the more important.
 
