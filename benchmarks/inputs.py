@@ -95,7 +95,7 @@ def build_models(settings: dict[str, Any]) -> tuple[Any, Any]:
     config = BudgetFormerConfig.from_backbone_config(stock.config, **fields)
     ours: Any = BudgetFormerForSequenceClassification(config)
     ours.load_state_dict(stock.state_dict(), strict=False)
-    ours.give_birth()
+    ours.init_narrow()
     dtype = getattr(torch, settings["dtype"])
     return stock.eval().to(dtype), ours.eval().to(dtype)
 

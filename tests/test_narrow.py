@@ -173,7 +173,7 @@ def test_at_full_width_it_is_the_full_encoder(backbone_type, executor):
     """Contract 3: every unit, whatever order they are stored in."""
     model = budgetformer(backbone_type, narrow_budget=1.0)
     order = torch.Generator().manual_seed(0)
-    model.give_birth([Importance(torch.rand(4, generator=order), torch.rand(24, generator=order)) for _ in range(3)])
+    model.init_narrow([Importance(torch.rand(4, generator=order), torch.rand(24, generator=order)) for _ in range(3)])
     ids, mask = batch_of([7, 12, 1, 4], backbone_type).values()
     embedded = model.base_model.embed(ids, mask, None, None, None, None, executor, {})
     hidden = model.narrow(embedded.hidden, embedded.batch, model.narrow.widest.counts, executor == "masked")
@@ -187,7 +187,7 @@ def test_the_most_important_units_are_born_first(backbone_type):
     model = budgetformer(backbone_type, narrow_budget=0.5)
     full, narrow = model.base_model.encoder.layer[1], model.narrow.layer[1]
     importance = [Importance(torch.arange(4.0), -torch.arange(24.0)) for _ in range(3)]
-    model.give_birth(importance)
+    model.init_narrow(importance)
     query, key, value = narrow.qkv.weight.view(2, 3, 4, 16).unbind(1)
     own = full.attention.self
     for part, stock in ((query, own.query), (key, own.key), (value, own.value)):

@@ -209,21 +209,24 @@ class BudgetFormerConfig(PreTrainedConfig):
             if not looks or not all(_is_number(x, 0, 1, above=True) for x in looks) or not rising:
                 raise ValueError(f"looks must be None or rising numbers in (0, 1], got {looks}.")
             narrow = looks[:-1] if looks[-1] == 1.0 and self.full_encoder else looks
-            if self.router == "look" and any(budget > self.narrow_budget for budget in narrow):
+            if self.router == "look" and any(float(budget) > float(self.narrow_budget) for budget in narrow):
                 raise ValueError(
                     f"looks must be at most narrow_budget={self.narrow_budget}, but for a last one of 1.0, got {looks}."
                 )
             if self.router == "layer" and len(looks) > 1:
                 raise ValueError(f"looks must hold one share of the heads with router='layer', got {looks}.")
         if confidence is not None and (len(confidence) != most - 1 or not all(_is_number(x, 0, 1) for x in confidence)):
-            raise ValueError(f"confidence must hold {most - 1} numbers in [0, 1], one less than looks, got {confidence}.")
+            raise ValueError(
+                f"confidence must hold {most - 1} numbers in [0, 1], one less than looks, got {confidence}."
+            )
 
     def validate_margins(self) -> None:
         """Margins name the look that they are of."""
         margins = self.margins
         if margins is None:
             return
-        quantiles, budget = margins.get("quantiles"), margins.get("budget")
+        quantiles: Any = margins.get("quantiles")
+        budget: Any = margins.get("budget")
         if not isinstance(quantiles, list) or len(quantiles) < 2 or not is_share(budget) or budget > self.narrow_budget:
             raise ValueError(
                 f"margins must hold a 'budget' of at most narrow_budget={self.narrow_budget} and two 'quantiles' or "

@@ -70,7 +70,8 @@ class Embedded:
 
     def select(self, rows: torch.Tensor) -> "Embedded":
         """The inputs `rows` (b,) int64, distinct, alone."""
-        return Embedded(*self.batch.select(self.hidden, rows.to(self.hidden.device)), len(rows))
+        hidden, batch = self.batch.select(self.hidden, rows.to(self.hidden.device))
+        return Embedded(hidden, batch, len(rows))
 
     def detach(self) -> "Embedded":
         """Cut off from the embeddings' gradient."""
@@ -183,7 +184,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: The checkpoint is one of hf_budgetformer 0.1.
         """
-        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
         # Names of old checkpoints are brought up to date once. Upstream would write the old ones again, which
         # Trainer, whose resuming renames nothing, then skips in silence.
         model._weight_conversions = []
@@ -196,13 +198,13 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         if model.narrow is not None:
             layers = sum(name.startswith("narrow.layer.") for name in lost)
             if layers == sum(name.startswith("layer.") for name, _ in model.narrow.named_parameters()):
-                model.give_birth()
+                model.init_narrow()
             elif any(name.startswith(("narrow.pooler.", "narrow.head.")) for name in lost):
-                model._copy_head()
+                model.copy_head()
         model._freeze()
         return (model, report) if output_loading_info else model
 
-    def give_birth(self, importance: Sequence[Importance] | None = None) -> None:
+    def init_narrow(self, importance: Sequence[Importance] | None = None) -> None:
         """Makes the narrow encoder a copy of the full encoder's most important units, as if it had never been trained.
 
         Args:
@@ -213,28 +215,29 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         """
         if self.narrow is None or not self.config.full_encoder:
             raise ValueError("model must have a narrow encoder beside a full one (router='look', not cut).")
-        self.narrow.copy_units(self.base_model.encoder.layer, self.backbone.names, importance)
+        base: Any = self.base_model
+        self.narrow.copy_units(base.encoder.layer, self.backbone.names, importance)
         self.narrow.steps.zero_()
-        self._copy_head()
+        self.copy_head()
 
-    def _copy_head(self) -> None:
+    def copy_head(self) -> None:
         """Copies pooler and classifier of the full encoder, where there are any."""
-        narrow, pooler, head = self.narrow, self.base_model.pooler, getattr(self, "classifier", None)
-        if narrow is not None and narrow.pooler is not None and pooler is not None:
-            copy_parameters(narrow.pooler, pooler)
-        if narrow is not None and narrow.head is not None and head is not None:
-            copy_parameters(narrow.head, head)
+        narrow: Any = self.narrow
+        base: Any = self.base_model
+        for own, full in ((narrow.pooler, base.pooler), (narrow.head, getattr(self, "classifier", None))):
+            if own is not None and full is not None:
+                copy_parameters(own, full)
 
     def _finish(self) -> None:
         """What every constructor ends with."""
         self.post_init()
         if self.narrow is not None and self.config.full_encoder and not self.narrow.steps.is_meta:
-            self.give_birth()
+            self.init_narrow()
         self._freeze()
 
     def _full_parts(self) -> list[nn.Module]:
         """The full encoder and its head."""
-        base = self.base_model
+        base: Any = self.base_model
         parts = [base.embeddings, base.encoder, base.pooler, getattr(self, "dropout", None)]
         parts.append(getattr(self, "classifier", None))
         return [part for part in parts if part is not None]
@@ -299,7 +302,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
                 return Plan((FULL_LOOK,))
         plan = plan_looks(config, narrow.order)
         if len(plan.looks) > 1 and not has_confidence(config):
-            raise ValueError(f"looks must hold one budget for a model whose answers cannot be doubted, got {config.looks}.")
+            raise ValueError(
+                f"looks must hold one budget for a model whose answers cannot be doubted, got {config.looks}."
+            )
         self._warn_untrained(plan)
         return plan
 
@@ -557,7 +562,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             return outputs
         look = look if look is not None and look.counts is not None else self.narrow.draw()
         hidden = self._encode_narrow(embedded.detach(), look, masked)
-        target = outputs.last_hidden_state
+        target: Any = outputs.last_hidden_state
         if isinstance(embedded.batch, PackedBatch):
             target = embedded.batch.pack(target)
         divergence = hidden_divergence(hidden, target.detach())
@@ -716,9 +721,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             spent = spent.index_add(0, doubted, spent.new_full((len(rows),), look.cost))
         return logits, spent
 
-    def _look_in_groups(
-        self, embedded: Embedded, plans: list[Plan], masked: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _look_in_groups(self, embedded: Embedded, plans: list[Plan], masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_look`, with looks of each input's own: those that have the same looks share them."""
         groups: dict[tuple[Look, ...], list[int]] = {}
         for row, plan in enumerate(plans):

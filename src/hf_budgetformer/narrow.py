@@ -34,7 +34,7 @@ class Importance(NamedTuple):
     neurons: torch.Tensor
 
 
-def is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: Any) -> bool:
     """Whether a layer computes `W x + b` of a plain tensor and nothing else, so that views of W can stand in for it.
 
     Adapters, parametrisations, hooks, offloading, quantised and sharded weights are more than that.
@@ -47,7 +47,7 @@ def is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and plain_weight and not linear.weight.is_meta and not hooked
 
 
-def first_outputs(linear: nn.Module, hidden: torch.Tensor, count: int) -> torch.Tensor:
+def first_outputs(linear: Any, hidden: torch.Tensor, count: int) -> torch.Tensor:
     """The first `count` outputs of a linear layer: (..., in) -> (..., count)."""
     if count == linear.out_features or not is_plain(linear):
         output: torch.Tensor = linear(hidden)
@@ -56,7 +56,7 @@ def first_outputs(linear: nn.Module, hidden: torch.Tensor, count: int) -> torch.
     return F.linear(hidden, linear.weight[:count], bias)
 
 
-def from_first_inputs(linear: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def from_first_inputs(linear: Any, hidden: torch.Tensor) -> torch.Tensor:
     """What a linear layer makes of its first inputs, the others zero: (..., count) -> (..., out)."""
     missing = linear.in_features - hidden.shape[-1]
     if not missing or not is_plain(linear):
@@ -150,7 +150,7 @@ class NarrowLayer(nn.Module):
         output = _add(from_first_inputs(self.down, self._close(inner, neurons, masked)), attended)
         return output if self.norm_first else self.feed_forward_norm(output)
 
-    def _open(self, linear: nn.Module, hidden: torch.Tensor, count: int) -> torch.Tensor:
+    def _open(self, linear: Any, hidden: torch.Tensor, count: int) -> torch.Tensor:
         """First outputs. In training none come of the layer too: distributed training waits for its gradients."""
         return first_outputs(linear, hidden, count) if count or self.training else hidden[..., :0]
 
@@ -242,7 +242,7 @@ class NarrowEncoder(nn.Module):
         return self.order.look(share * self.widest.cost)
 
     @torch.no_grad()
-    def copy_units(self, layers: Sequence[nn.Module], names: Any, importance: Sequence[Importance] | None) -> None:
+    def copy_units(self, layers: Sequence[Any], names: Any, importance: Sequence[Importance] | None) -> None:
         """Becomes a copy of the most important units of the full encoder's layers.
 
         Args:
@@ -250,6 +250,7 @@ class NarrowEncoder(nn.Module):
             names: Where they keep their parts, a `backbones.LayerNames`.
             importance: Of each layer's units; None: by the norms of their weights.
         """
+        own: Any
         for index, (own, full) in enumerate(zip(self.layer, layers, strict=True)):
             parts = {part: full.get_submodule(name) for part, name in vars(names).items() if name is not None}
             weights = {  # by attribute, for an adapter around a layer has other parameters too
@@ -288,21 +289,20 @@ def _copy_layer(
     own: NarrowLayer, weights: dict[tuple[str, str], torch.Tensor], heads: torch.Tensor, neurons: torch.Tensor
 ) -> None:
     rows = (heads[:, None] * own.size + torch.arange(own.size, device=heads.device)).flatten()
-    for kind in ("weight", "bias"):
-        if ("query", kind) in weights:
-            parts = [weights[part, kind][rows].unflatten(0, (-1, own.size)) for part in ("query", "key", "value")]
-            _assign(getattr(own.qkv, kind), torch.stack(parts, dim=1).flatten(0, 2))
-    for linear, part, units in ((own.attention_output, "attention_output", rows), (own.down, "down", neurons)):
-        _assign(linear.weight, weights[part, "weight"][:, units])
-        if (part, "bias") in weights:
-            _assign(linear.bias, weights[part, "bias"])
-    for linear, part in ((own.up, "up"), (own.gate, "gate")):
-        for kind in ("weight", "bias"):
-            if linear is not None and (part, kind) in weights:
-                _assign(getattr(linear, kind), weights[part, kind][neurons])
-    for norm, part in ((own.attention_norm, "attention_norm"), (own.feed_forward_norm, "feed_forward_norm")):
-        for kind, value in norm.named_parameters():
-            _assign(value, weights[part, kind])
+    kinds = ("weight", "bias") if own.qkv.bias is not None else ("weight",)
+    for kind in kinds:
+        parts = [weights[part, kind][rows].unflatten(0, (-1, own.size)) for part in ("query", "key", "value")]
+        _assign(getattr(own.qkv, kind), torch.stack(parts, dim=1).flatten(0, 2))
+        _assign(getattr(own.up, kind), weights["up", kind][neurons])
+        if own.gate is not None:
+            _assign(getattr(own.gate, kind), weights["gate", kind][neurons])
+        _assign(getattr(own.attention_norm, kind), weights["attention_norm", kind])
+        _assign(getattr(own.feed_forward_norm, kind), weights["feed_forward_norm", kind])
+    _assign(own.attention_output.weight, weights["attention_output", "weight"][:, rows])
+    _assign(own.down.weight, weights["down", "weight"][:, neurons])
+    if own.down.bias is not None:
+        _assign(own.attention_output.bias, weights["attention_output", "bias"])
+        _assign(own.down.bias, weights["down", "bias"])
 
 
 def _gathered(value: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ def order_units(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]])
         ValueError: As in `unit_importance`.
     """
     importance = unit_importance(model, batches)
-    _check_narrow(model).give_birth(importance)
+    _check_narrow(model).init_narrow(importance)
 
 
 @torch.no_grad()

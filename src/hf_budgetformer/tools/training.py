@@ -33,7 +33,7 @@ def _find_model(model: nn.Module) -> Any:
     """The outermost BudgetFormer model in a module: a task's, or an encoder alone."""
     # By name, for a model loaded from the Hub with its own code is of another class than the installed one.
     for module in model.modules():
-        if hasattr(type(module), "give_birth"):  # of the class, for adapters pass on what they are asked
+        if hasattr(type(module), "init_narrow"):  # of the class, for adapters pass on what they are asked
             return module
     raise TypeError(f"BudgetCallback needs a BudgetFormer model, got {type(model).__name__}.")
 
