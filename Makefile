@@ -16,8 +16,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+# Two processes: the models are too small for two threads.
 test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # Training, processes and servers, for minutes.
 test-slow: $(VENV)/.installed

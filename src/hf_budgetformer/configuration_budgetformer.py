@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict, validated_field
@@ -83,8 +84,8 @@ class BudgetFormerConfig(PreTrainedConfig):
             routers in every layer, which gate heads alone. Default "look".
         narrow_budget: Largest budget of the narrow encoder, in (0, 1]. Default 1/4.
         feed_forward_blocks: Blocks that the neurons of a layer open in, >= 1. None: as many as heads.
-        opening_order: In which order the units of the narrow encoder open as the budget grows: numbers of sublayers, one
-            for each unit, 2 n for a head and 2 n + 1 for a block of neurons of layer n. None: all at the same pace.
+        opening_order: In which order the units of the narrow encoder open as the budget grows: numbers of sublayers,
+            one for each unit, 2 n for a head and 2 n + 1 for a block of neurons of layer n. None: all at the same pace.
         reference_length: Tokens >= 1 of the input whose FLOPs are counted as the work of a unit. Default 128.
         looks: Rising budgets, one after the other, that a plain call at inference spends, each on the inputs that the
             one before left in doubt; 1.0 is the full encoder. None: once the narrow encoder has been trained (1/6, 1),
@@ -205,7 +206,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         looks, confidence = self.looks, self.confidence
         most = 2 if looks is None else len(looks)
         if looks is not None:
-            rising = all(a < b for a, b in zip(looks, looks[1:], strict=False))
+            rising = all(a < b for a, b in pairwise(looks))
             if not looks or not all(_is_number(x, 0, 1, above=True) for x in looks) or not rising:
                 raise ValueError(f"looks must be None or rising numbers in (0, 1], got {looks}.")
             narrow = looks[:-1] if looks[-1] == 1.0 and self.full_encoder else looks

@@ -71,7 +71,7 @@ def _add(output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class NarrowLayer(nn.Module):
-    """A transformer layer some of whose first heads and neurons run; norms before or after, feed-forward gated or plain.
+    """A transformer layer of which the first heads and neurons run; norms before or after, feed-forward gated or plain.
 
     Query, key and value are stacked by head, so that the first heads are the first rows of one matrix.
 
@@ -135,10 +135,7 @@ class NarrowLayer(nn.Module):
             return from_first_inputs(self.attention_output, self._open(self.qkv, hidden, 0))
         stacked = first_outputs(self.qkv, hidden, computed * 3 * self.size)
         parts = stacked.unflatten(-1, (computed, 3, self.size)).unbind(-2)  # each (..., h, d)
-        if isinstance(layout, Sequences):
-            context = attend_packed(parts, layout)
-        else:
-            context = attend_padded(parts, layout)
+        context = attend_packed(parts, layout) if isinstance(layout, Sequences) else attend_padded(parts, layout)
         return from_first_inputs(self.attention_output, self._close(context, heads * self.size, masked))
 
     def _feed_forward(self, attended: torch.Tensor, neurons: int, masked: bool) -> torch.Tensor:

@@ -387,7 +387,7 @@ def attend_open_heads(
 
 def gathering_pays(gates: torch.Tensor, batch: PackedBatch) -> bool:
     """Whether closed heads spare more than gathering the open ones' weights costs. Gates (B, H) are in packed order."""
-    distinct, group = gates.bool().unique(dim=0, return_inverse=True)
+    distinct = gates.bool().unique(dim=0)
     lengths = torch.tensor(batch.sequences.lengths, device=gates.device)
     closed = ((gates.shape[-1] - gates.sum(-1)) * lengths).sum()
     return bool(closed > _WORK_PER_WEIGHT * distinct.sum())
