@@ -37,7 +37,7 @@ _TEMPERATURES = (2.3, 0.3)
 # Standard deviations an input's need may differ from the batch's mean and still count.
 _NEED_LIMIT = 2.0
 # Numbers that must be multiplied and added for gathering one weight to pay.
-_WORK_PER_WEIGHT = 40
+_WORK_PER_WEIGHT = 200
 
 
 def scaled(parameter: torch.Tensor, multiplier: float) -> torch.Tensor:
