@@ -128,7 +128,7 @@ def finish(process, home):
     children = psutil.Process(process.pid).children(recursive=True)
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed[-3000:]
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []  # ended, but nobody asked
     assert list(home.iterdir()) == []
     return printed.splitlines()[-1]
