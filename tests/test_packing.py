@@ -20,11 +20,11 @@ def test_packing_takes_every_kept_token_once_and_puts_it_back(side):
     kept[:, 0] = True
     values = torch.arange(54.0).view(6, 9, 1) + 1
     packed = packing.pack(values)
-    assert len(packed) == sum(packing.sequences.lengths) == kept.sum() == len(packing.owners())
+    assert len(packed) == sum(packing.sequences.lengths) == kept.sum() == len(packing.owners)
     assert torch.equal(packing.pad(packed), values * kept[:, :, None])
     rows = torch.arange(6)
     assert torch.equal(packing.unsort(packing.sort(rows)), rows)
-    assert torch.equal(packing.sort(rows).index_select(0, packing.owners()), (packed[:, 0].long() - 1) // 9)
+    assert torch.equal(packing.sort(rows).index_select(0, packing.owners), (packed[:, 0].long() - 1) // 9)
     whole = len(packing.sequences.lengths) - packing.sequences.padded_first
     assert packing.sequences.lengths[:whole] == sorted(packing.sequences.lengths[:whole], reverse=True)
     assert packing.sequences.padded_first == (mask[:, 0] == 0).sum()

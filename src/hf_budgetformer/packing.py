@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -103,6 +104,7 @@ class PackedBatch:
         """Values of each input, in the batch's own order (B, ...) -> in packed order (B, ...)."""
         return rows if self.indices is None else rows.index_select(0, self.order.to(rows.device))
 
+    @cached_property
     def owners(self) -> torch.Tensor:
         """The sequence, in packed order, that each token belongs to, (T,) int64."""
         counts = torch.tensor(self.sequences.lengths, device=self.order.device)
@@ -125,7 +127,7 @@ class PackedBatch:
         lengths = [length for length, row in zip(self.sequences.lengths, kept_list, strict=True) if row >= 0]
         whole = len(kept_list) - self.sequences.padded_first
         padded_first = sum(row >= 0 for row in kept_list[whole:])
-        tokens = (kept >= 0).index_select(0, self.owners()).nonzero()[:, 0]
+        tokens = (kept >= 0).index_select(0, self.owners).nonzero()[:, 0]
         order = kept[kept >= 0]
         places = self.indices if self.indices is not None else torch.arange(len(hidden), device=tokens.device)
         places = places.index_select(0, tokens)

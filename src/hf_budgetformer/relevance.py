@@ -171,7 +171,7 @@ def pool_tokens(hidden: torch.Tensor, batch: PackedBatch | PaddedBatch) -> torch
     else:
         lengths, last = batch.sequences.lengths, batch.sequences.padded_first
         total = hidden.new_zeros(len(lengths), hidden.shape[-1])
-        total.index_add_(0, batch.owners().to(hidden.device), hidden)
+        total.index_add_(0, batch.owners.to(hidden.device), hidden)
         counts = torch.tensor(lengths, device=hidden.device)
         if last:  # what they begin with is not theirs
             total[-last:] -= hidden[(counts.cumsum(0) - counts)[-last:]]
@@ -349,8 +349,9 @@ def attend_gated(
     parts = [layer(hidden).unflatten(-1, heads) for layer in (attention.query, attention.key, attention.value)]
     dropout = attention.dropout.p if attention.training else 0.0
     context = attend_packed(parts, batch.sequences, dropout).unflatten(-1, heads)  # (T, H, d)
-    spread = gates.to(context.dtype).index_select(0, batch.owners().to(gates.device))  # (T, H)
-    projected: torch.Tensor = output((context * spread[:, :, None]).flatten(-2))
+    spread = gates.to(context.dtype).index_select(0, batch.owners.to(gates.device))  # (T, H)
+    context = context * spread[:, :, None] if torch.is_grad_enabled() else context.mul_(spread[:, :, None])
+    projected: torch.Tensor = output(context.flatten(-2))
     return projected
 
 
@@ -369,7 +370,7 @@ def attend_open_heads(
     distinct, group = gates.bool().unique(dim=0, return_inverse=True)
     lengths, padded_first, _ = batch.sequences
     whole = len(lengths) - padded_first
-    group_of_token = group.index_select(0, batch.owners())
+    group_of_token = group.index_select(0, batch.owners)
     groups = group.tolist()
     result = torch.empty_like(hidden)
     for number, row in enumerate(distinct):
@@ -387,10 +388,11 @@ def attend_open_heads(
 
 def gathering_pays(gates: torch.Tensor, batch: PackedBatch) -> bool:
     """Whether closed heads spare more than gathering the open ones' weights costs. Gates (B, H) are in packed order."""
-    distinct = gates.bool().unique(dim=0)
-    lengths = torch.tensor(batch.sequences.lengths, device=gates.device)
-    closed = ((gates.shape[-1] - gates.sum(-1)) * lengths).sum()
-    return bool(closed > _WORK_PER_WEIGHT * distinct.sum())
+    lengths, opened = torch.tensor(batch.sequences.lengths, device=gates.device), gates.sum(-1)
+    most = ((gates.shape[-1] - opened) * lengths).sum() / _WORK_PER_WEIGHT  # weights of heads that may be gathered
+    if most <= opened.max():
+        return False
+    return bool(most > gates.bool().unique(dim=0).sum())
 
 
 class RoutedLayer(EncoderLayer):
