@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def layers_of(model: Any) -> Any:
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], keep: Callable[[Any], Any]) -> Iterator[None]:
-    """While it lasts, `keep` is given whatever the modules return."""
+    """While it lasts, `keep` is given whatever the modules return; what it returns, if anything, takes its place."""
     handles = [module.register_forward_hook(lambda module, given, output: keep(output)) for module in modules]
     try:
         yield
@@ -158,19 +158,9 @@ def hooked(modules: Iterable[nn.Module], keep: Callable[[Any], Any]) -> Iterator
             handle.remove()
 
 
-@contextmanager
-def random_heads(model: Any) -> Iterator[None]:
+def random_heads(model: Any) -> AbstractContextManager[None]:
     """While it lasts, routers open as many heads as they would, but any: others for each input and layer."""
-
-    def draw(module: nn.Module, given: Any, scores: torch.Tensor) -> torch.Tensor:
-        return torch.rand_like(scores)
-
-    handles = [layer.router.scorer.register_forward_hook(draw) for layer in layers_of(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked((layer.router.scorer for layer in layers_of(model)), torch.rand_like)
 
 
 @contextmanager

@@ -62,20 +62,21 @@ class BudgetFormerClassifierOutput(SequenceClassifierOutput):
 
 @dataclass
 class Embedded:
-    """A batch behind the embeddings: hidden states (T, D) or (B, L, D), how they lie, and the number of inputs."""
+    """A batch behind the embeddings: hidden states (T, D) or (B, L, D), how they lie, how many; whether masked."""
 
     hidden: torch.Tensor
     batch: PackedBatch | PaddedBatch
     rows: int
+    masked: bool
 
     def select(self, rows: torch.Tensor) -> "Embedded":
         """The inputs `rows` (b,) int64, distinct, alone."""
         hidden, batch = self.batch.select(self.hidden, rows.to(self.hidden.device))
-        return Embedded(hidden, batch, len(rows))
+        return Embedded(hidden, batch, len(rows), self.masked)
 
     def detach(self) -> "Embedded":
         """Cut off from the embeddings' gradient."""
-        return Embedded(self.hidden.detach(), self.batch, self.rows)
+        return Embedded(self.hidden.detach(), self.batch, self.rows, self.masked)
 
 
 def _values_are_known() -> bool:
@@ -330,9 +331,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             self._warn_untrained(plan)
         return [plans[share] for share in budget.tolist()]
 
-    def _encode_narrow(self, embedded: Embedded, look: Look, masked: bool) -> torch.Tensor:
+    def _encode_narrow(self, embedded: Embedded, look: Look) -> torch.Tensor:
         narrow: Any = self.narrow
-        hidden: torch.Tensor = narrow(embedded.hidden, embedded.batch, look.counts, masked)
+        hidden: torch.Tensor = narrow(embedded.hidden, embedded.batch, look.counts, embedded.masked)
         return hidden
 
 
@@ -431,10 +432,9 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             return outputs if loss is None else self._attach(outputs, loss)
         if isinstance(budget, torch.Tensor):
             raise ValueError(f"budget must be a float for a model without a head, got a tensor {budget}.")
-        masked = self._check_executor(executor) == "masked"
         plan: Any = self._plan(budget, recorded=False) if budget is not None or self.config.looks else None
         if self.training and self.config.full_encoder and torch.is_grad_enabled():
-            return self._train(embedded, None if budget is None else plan.looks[0], masked, **kwargs)
+            return self._train(embedded, None if budget is None else plan.looks[0], **kwargs)
         if plan is None:
             plan = self._plan_call(recorded=True)
         if len(plan.looks) > 1:
@@ -445,7 +445,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         if plan.looks[0].counts is None:
             return self._run_full(embedded, **kwargs)
         self.refuse_recording(kwargs)
-        hidden = self._encode_narrow(embedded, plan.looks[0], masked)
+        hidden = self._encode_narrow(embedded, plan.looks[0])
         return BudgetFormerModelOutput(
             last_hidden_state=embedded.batch.pad(hidden),
             pooler_output=self.narrow.pool(embedded.batch.first(hidden)),  # type: ignore[union-attr]
@@ -473,10 +473,10 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         given = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
         given["inputs_embeds"] = inputs_embeds
         if masked or not stock_attention or not _values_are_known():
-            return Embedded(self.embeddings(**given), PaddedBatch(attention_mask), tokens.shape[0])
+            return Embedded(self.embeddings(**given), PaddedBatch(attention_mask), tokens.shape[0], masked)
         packing = find_packing(attention_mask, tuple(tokens.shape[:2]), tokens.device)
         if packing.indices is None:
-            return Embedded(packing.pack(self.embeddings(**given)), packing, tokens.shape[0])
+            return Embedded(packing.pack(self.embeddings(**given)), packing, tokens.shape[0], masked)
         if position_ids is None:  # they count from the start of each input, wherever its padding is
             given["position_ids"] = self._positions(tokens, input_ids is None)
         # As one long input, so that padding is not embedded either.
@@ -484,7 +484,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             name: None if x is None else packing.pack(x.expand(*tokens.shape[:2], *x.shape[2:]))[None]
             for name, x in given.items()
         }
-        return Embedded(self.embeddings(**given)[0], packing, tokens.shape[0])
+        return Embedded(self.embeddings(**given)[0], packing, tokens.shape[0], masked)
 
     def _positions(self, tokens: torch.Tensor, embedded: bool) -> torch.Tensor:
         """Position numbers as the stock embeddings give them, (1, L) or (B, L) int64, of ids or embedded tokens."""
@@ -555,13 +555,13 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             budget=hidden.new_ones(embedded.rows, dtype=torch.float32),
         )
 
-    def _train(self, embedded: Embedded, look: Look | None, masked: bool, **kwargs: Any) -> BudgetFormerModelOutput:
+    def _train(self, embedded: Embedded, look: Look | None, **kwargs: Any) -> BudgetFormerModelOutput:
         """The full encoder's outputs, with the narrow one's term attached to the hidden states."""
         outputs = self._run_full(embedded, **kwargs)
         if self.narrow is None:
             return outputs
         look = look if look is not None and look.counts is not None else self.narrow.draw()
-        hidden = self._encode_narrow(embedded.detach(), look, masked)
+        hidden = self._encode_narrow(embedded.detach(), look)
         target: Any = outputs.last_hidden_state
         if isinstance(embedded.batch, PackedBatch):
             target = embedded.batch.pack(target)
@@ -659,9 +659,8 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             outputs = self._classify_routed(embedded, budget, labels, teacher_logits, **kwargs)
             outputs.head_gates = outputs.head_gates if output_head_gates else None
             return outputs
-        masked = self._check_executor(executor) == "masked"
         if self.training and torch.is_grad_enabled():
-            return self._train(embedded, budget, labels, teacher_logits, masked, **kwargs)
+            return self._train(embedded, budget, labels, teacher_logits, **kwargs)
         recorded = base.recorded(kwargs, "output_hidden_states") or base.recorded(kwargs, "output_attentions")
         plans = self._plan(budget, recorded)
         if recorded:
@@ -675,10 +674,10 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
                 budget=found.budget,
             )
         elif isinstance(plans, Plan):
-            logits, spent = self._look(embedded, plans.looks, plans.thresholds, masked)
+            logits, spent = self._look(embedded, plans.looks, plans.thresholds)
             outputs = BudgetFormerClassifierOutput(logits=logits, budget=spent)
         else:
-            logits, spent = self._look_in_groups(embedded, plans, masked)
+            logits, spent = self._look_in_groups(embedded, plans)
             outputs = BudgetFormerClassifierOutput(logits=logits, budget=spent)
         outputs.loss = self._task_loss(outputs.logits, labels)
         return outputs
@@ -694,19 +693,19 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             logits = self.classifier(outputs.last_hidden_state)
         return logits
 
-    def _answer(self, embedded: Embedded, look: Look, masked: bool) -> torch.Tensor:
+    def _answer(self, embedded: Embedded, look: Look) -> torch.Tensor:
         """Logits (b, num_labels) of one look."""
         if look.counts is None:
             return self._read(self.base_model(embedded=embedded))
-        hidden = self._encode_narrow(embedded, look, masked)
+        hidden = self._encode_narrow(embedded, look)
         answer: torch.Tensor = self.narrow.answer(embedded.batch.first(hidden))  # type: ignore[union-attr]
         return answer
 
     def _look(
-        self, embedded: Embedded, looks: Sequence[Look], thresholds: Sequence[float | torch.Tensor], masked: bool
+        self, embedded: Embedded, looks: Sequence[Look], thresholds: Sequence[float | torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, num_labels) and budgets (B,) of looks, each at the inputs that the one before left in doubt."""
-        logits = self._answer(embedded, looks[0], masked)
+        logits = self._answer(embedded, looks[0])
         spent = logits.new_full((embedded.rows,), looks[0].cost, dtype=torch.float32)
         doubted, answer = torch.arange(embedded.rows, device=logits.device), logits
         for look, threshold in zip(looks[1:], thresholds, strict=True):
@@ -716,12 +715,12 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             if not len(rows):
                 break
             embedded, doubted = embedded if len(rows) == embedded.rows else embedded.select(rows), doubted[rows]
-            answer = self._answer(embedded, look, masked).to(logits.device)
+            answer = self._answer(embedded, look).to(logits.device)
             logits = logits.index_copy(0, doubted, answer)
             spent = spent.index_add(0, doubted, spent.new_full((len(rows),), look.cost))
         return logits, spent
 
-    def _look_in_groups(self, embedded: Embedded, plans: list[Plan], masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _look_in_groups(self, embedded: Embedded, plans: list[Plan]) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_look`, with looks of each input's own: those that have the same looks share them."""
         groups: dict[tuple[Look, ...], list[int]] = {}
         for row, plan in enumerate(plans):
@@ -731,7 +730,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             thresholds = [
                 torch.tensor([plans[row].thresholds[number] for row in members]) for number in range(len(looks) - 1)
             ]
-            parts.append(self._look(embedded.select(torch.tensor(members)), looks, thresholds, masked))
+            parts.append(self._look(embedded.select(torch.tensor(members)), looks, thresholds))
         order = torch.tensor([row for members in groups.values() for row in members])
         logits = torch.cat([part for part, _ in parts])
         spent = torch.cat([part for _, part in parts])
@@ -749,7 +748,6 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         budget: float | torch.Tensor | None,
         labels: torch.Tensor | None,
         teacher_logits: torch.Tensor | None,
-        masked: bool,
         **kwargs: Any,
     ) -> BudgetFormerClassifierOutput:
         """One step's loss: the full model's, where it runs, and the narrow encoder's."""
@@ -769,7 +767,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             look = narrow.order.look(budget)
         else:
             look = narrow.draw() if config.full_encoder else narrow.widest
-        hidden = self._encode_narrow(embedded.detach() if config.full_encoder else embedded, look, masked)
+        hidden = self._encode_narrow(embedded.detach() if config.full_encoder else embedded, look)
         answer = narrow.answer(embedded.batch.first(hidden))
         if not config.full_encoder:
             loss = self._task_loss(answer, labels)
