@@ -21,7 +21,7 @@ from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.evaluation import Evaluation, evaluate_budgets
 from hf_budgetformer.tools.prediction import predict, predict_file
 from hf_budgetformer.tools.results import read_results
-from hf_budgetformer.tools.tuning import tune_budget
+from hf_budgetformer.tools.tuning import tune
 
 
 COMMANDS = ["train", "evaluate", "tune", "profile", "cut", "export", "card", "predict", "page"]
@@ -129,22 +129,60 @@ def test_evaluate_takes_a_stock_model_too(tmp_path, data, tokenizer, run):
     assert (result["asked"], result["spent"]) == (None, 1.0)
 
 
-def test_tune_keeps_the_answer_and_writes_it_into_the_configuration_if_asked(model, data, texts, run):
+@pytest.mark.parametrize("promise", ["--disagreement 0.3", "--tolerance 0.3", "--mean-budget 0.4"])
+def test_tune_makes_what_it_finds_the_looks_of_a_plain_call_and_keeps_it(model, data, texts, run, promise):
     before = json.loads((Path(model) / "config.json").read_text())
-    asked = [model, data, "--tolerance", "0.3", "--budgets", "1/8,0.25,0.5", "--json"]
-    found = json.loads(good(run("tune", *asked)))
+    option, level = promise.split()
+    asked = [model, data, option, level, "--budgets", "1/8,0.25", "--confidence", "0.9", "--json"]
+    dry = json.loads(good(run("tune", *asked, "--dry-run")))
     assert json.loads((Path(model) / "config.json").read_text()) == before
-    assert found == only_result(model, "tuning").result
     loaded, tokenizer = load_classifier(model)
-    direct = tune_budget(loaded, texts, tokenizer, [0.125, 0.25, 0.5], tolerance=0.3, write=True)
-    assert found["budget"] == direct.budget
-    good(run("tune", *asked, "--write"))
-    assert not only_result(model, "tuning").stale
+    named = {option.strip("-").replace("-", "_"): float(level)}
+    direct = tune(loaded, texts, tokenizer, **named, budgets=[0.125, 0.25], confidence=0.9)
+    found = json.loads(good(run("tune", *asked)))
+    record = only_result(model, "tuning")
+    assert record.result == found
+    assert untimed(found) == untimed(dry) == untimed(json.loads(json.dumps(direct.to_dict())))
+    assert not record.stale
     written = BudgetFormerForSequenceClassification.from_pretrained(model).config
-    for name in ("looks", "confidence", "margins"):
+    for name in ("looks", "confidence", "margins", "promise"):
         assert getattr(written, name) == getattr(loaded.config, name)
     changed = json.loads((Path(model) / "config.json").read_text())
-    assert {name for name, value in changed.items() if before.get(name) != value} <= {"looks", "confidence", "margins"}
+    changes = {name for name, value in changed.items() if before.get(name) != value}
+    assert changes <= {"looks", "confidence", "margins", "promise"}
+
+
+def untimed(found):
+    for test in found["tested"]:
+        test["seconds"] = None
+    return found
+
+
+def test_tune_needs_labels_for_a_tolerance_only(model, texts, tmp_path, run):
+    texts.remove_columns("label").to_csv(tmp_path / "unlabelled.csv")
+    printed = good(run("tune", model, tmp_path / "unlabelled.csv", "--disagreement", "0.3"))
+    assert "differ from the full model's on at most 30% of texts like the 64 of the calibration" in printed
+    code, _, err = run("tune", model, tmp_path / "unlabelled.csv", "--tolerance", "0.3")
+    assert (code, "must have a column 'label'" in err) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["evaluate DATA", "predict --file DATA"])
+def test_data_unlike_those_of_the_promise_are_warned_of(model, data, run, caplog, command):
+    asked = [data if word == "DATA" else word for word in command.split()]
+    asked.insert(1, model)
+    promise = {"risk": "disagreement", "level": 0.01, "confidence": 0.95, "rows": 1000, "bound": 0.01, "lost": 0.0}
+    promise |= {"looks": [0.25, 1.0], "thresholds": [0.5]}
+    for doubted, warned in ((0, 1), (1000, 1)):
+        path = Path(model) / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "promise": {**promise, "doubted": doubted}}))
+        caplog.clear()
+        good(run(*asked))
+        told = [record.message for record in caplog.records if "of these 64 inputs were doubted" in record.message]
+        assert len(told) == warned
+    caplog.clear()
+    if command.startswith("predict"):
+        good(run(*asked, "--budget", "0.25"))
+        assert not [record.message for record in caplog.records if "doubted" in record.message]
 
 
 def test_profile_keeps_the_cost_card(model, data, run):
@@ -393,7 +431,18 @@ def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tok
         (1, "must be a BudgetFormer, got the bert model .* train .* DATA", ["tune", plain, data]),
         (1, r"budgets must be floats in \(0, 1\].*1\.5", ["evaluate", model, data, "--budgets", "1.5"]),
         (1, r"budget=0.5 lies between .*calibrate_margins", ["evaluate", model, data, "--budgets", "0.5"]),
-        (1, r"tolerance must be larger for 64 rows.* it would take \d+ rows", ["tune", model, data]),
+        (1, r"disagreement must be larger for 64 rows.* it would take 408 rows", ["tune", model, data]),
+        (
+            1,
+            r"tolerance must be larger for 64 rows.* it would take \d+ ro",
+            ["tune", model, data, "--tolerance", "0.01"],
+        ),
+        (
+            1,
+            r"one of disagreement, .* must be given",
+            ["tune", model, data, "--tolerance", "0.1", "--mean-budget", "0.3"],
+        ),
+        (1, r"mean_budget must pay for a first look at least", ["tune", model, data, "--mean-budget", "0.01"]),
         (1, "output must not be the checkpoint's own folder", ["cut", model, "--budget", "0.25", "--output", model]),
         (1, r"budget must be a float in \(0, 0.25\]", ["cut", model, "--budget", "0.5", "--output", out]),
         (1, "Not a directory: .*file", ["train", plain, data, "--output", tmp_path / "file" / "x"]),
@@ -414,7 +463,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tok
         (2, "TrainingArguments knows --lerning_rate 1", [*train, "--lerning_rate", 1]),
         (2, "invalid float value: 'x'", [*train, "--learning_rate", "x"]),
         (2, "CHECKPOINT and DATA come first, got --seed", ["train", "--seed", "1", plain, data, "--output", out]),
-        (2, "--write needs a folder", ["tune", "me/model", data, "--write"]),
+        (2, "must be a folder, or --dry-run be given, got me/model", ["tune", "me/model", data]),
         (2, "not both", ["predict", model, "w1", "--file", data]),
         (2, "No such option", ["evaluate", model, data, "--nope"]),
         (2, "Missing argument", ["evaluate"]),

@@ -104,6 +104,7 @@ def test_a_bad_field_is_refused_by_name_value_and_range(field, value, allowed):
         ({"feed_forward_blocks": 4000}, "feed_forward_blocks.*intermediate_size=3072.*4000"),
         ({"margins": {"budget": 0.9, "quantiles": [0.0, 1.0]}}, "margins.*narrow_budget=0.25"),
         ({"margins": {}}, "margins.*quantiles"),
+        ({"promise": {"risk": "disagreement", "level": 0.01}}, r"promise must hold \['bound', .* got"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, named):

@@ -39,6 +39,22 @@ def answers(texts, tokenizer):
     return ask
 
 
+@pytest.mark.parametrize(("doubted", "warned"), [(500, False), (100, True), (900, True)])
+def test_data_that_are_doubted_otherwise_than_those_of_the_promise_are_warned_of(
+    texts, tokenizer, looking, caplog, doubted, warned
+):
+    model = looking()  # doubts 32 of 64
+    promise = {"risk": "disagreement", "level": 0.01, "confidence": 0.95, "rows": 1000, "doubted": doubted}
+    promise |= {"looks": model.config.looks, "thresholds": model.config.confidence, "bound": 0.01, "lost": 0.0}
+    model.config.promise = promise
+    evaluate_budgets(model, texts, tokenizer, budgets=(1.0, None))
+    told = [record.message for record in caplog.records]
+    assert [f"50.0% of these 64 inputs were doubted, but {doubted / 1000:.1%}" in x for x in told] == [True] * warned
+    caplog.clear()
+    evaluate_budgets(model, texts, tokenizer, budgets=(1.0, 0.25))  # no plain call
+    assert not caplog.records
+
+
 def right(out, texts):
     return (out.logits.argmax(-1) == torch.tensor(texts["label"][:])).sum().item()
 

@@ -9,13 +9,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 from conftest import budgetformer, stock_folder
-from hf_budgetformer.tools import model_card
+from hf_budgetformer.tools import model_card, tuning
 from hf_budgetformer.tools.evaluation import BudgetResult, Evaluation
 from hf_budgetformer.tools.model_card import write_model_card
 from hf_budgetformer.tools.narrowing import cut
 from hf_budgetformer.tools.profiling import BudgetCost, CostCard
 from hf_budgetformer.tools.results import save_result, write_json
-from hf_budgetformer.tools.tuning import BudgetTest, TunedBudget
 
 
 pytest.importorskip("matplotlib")
@@ -26,11 +25,12 @@ EVALUATION = Evaluation(
     50, [FULL, PLAIN], {name: [0.1 * n for n in range(12)] for name in ("length", "entropy", "spent")}, {"seed": 3}
 )
 COST = BudgetCost(1.0, 1.0, 1e6, 2.0, 3.0, 400.0, 12.0)
+SETTINGS = {"risk": "disagreement", "level": 0.035, "confidence": 0.95, "rows": 5000}
+PROMISE = {**SETTINGS, "looks": [0.25, 1.0], "thresholds": [0.6], "bound": 0.03, "lost": 0.004, "doubted": 1000}
 MEASURED = {
     "evaluation": EVALUATION.to_dict(),
-    "tuning": TunedBudget(
-        0.25, 0.9, [BudgetTest(0.25, 50, 0.01, (-0.02, 0.03), "within", 0.26)], 150, 650,
-        {"tolerance": 0.035, "confidence": 0.95, "rows": 50},
+    "tuning": tuning.Tuning(
+        [0.25, 1.0], [0.6], PROMISE, [tuning.TestedLooks(0.25, 0.6, 0.2, 0.45, 0.5, 0.004, 0.03)], SETTINGS
     ).to_dict(),
     "costs": CostCard(
         6543, 6321, replace(COST, throughput=123.0), [COST], None,
@@ -96,13 +96,13 @@ def test_everything_that_was_measured_is_in_it(checkpoint):
     assert path == checkpoint / "README.md"
     text = path.read_text()
     assert headings(text) == [
-        "What it is", "How to use it", "Accuracy by budget", "The budget that keeps accuracy", "What it costs",
+        "What it is", "How to use it", "Accuracy by budget", "The promise", "What it costs",
         "How it was trained", "Limits",
     ]  # fmt: skip
     figures = [
         "90.0%",
         "86.0%",
-        "within 3.5 points",
+        "differ from the full model's on at most 3.5% of texts like the 5,000 of the calibration",
         "6,543 parameters",
         "An abacus",
         "3.25x",
@@ -244,6 +244,18 @@ def test_it_says_what_a_plain_call_is(tmp_path, fields, told):
     assert told in write_model_card(tmp_path).read_text()
 
 
+def test_the_promise_is_told_in_words_as_long_as_the_looks_are_those_it_was_made_for(tmp_path):
+    words = "Its answers differ from the full model's on at most 3.5% of texts like the 5,000 of the calibration"
+    budgetformer("bert", looks=[0.25, 1.0], confidence=[0.6], promise=PROMISE).save_pretrained(tmp_path)
+    text = write_model_card(tmp_path).read_text()
+    assert f"A plain call looks at budgets of 0.25, then 1, until the margin reaches 0.6. {words}" in text
+    assert "What is promised holds for texts like those of the calibration; on others tune again." in text
+    budgetformer("bert", looks=[0.25, 1.0], confidence=[0.5], promise=PROMISE).save_pretrained(tmp_path)
+    text = write_model_card(tmp_path).read_text()
+    assert "Its answers" not in text
+    assert "promised" not in text
+
+
 def test_a_readme_of_the_trainer_is_added_to(checkpoint, undrawn):
     theirs = (
         "---\nlibrary_name: transformers\nbase_model: bert-base-cased\ntags:\n- generated_from_trainer\nmetrics: f1\n"
@@ -300,7 +312,7 @@ def test_folders_that_hold_no_budgetformer_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "content"),
-    [("evaluation", '{"rows": 50, '), ("evaluation", {"rows": 50}), ("costs", []), ("tuning", {"curve": [1]}),
+    [("evaluation", '{"rows": 50, '), ("evaluation", {"rows": 50}), ("costs", []), ("tuning", {"tested": [1]}),
      ("training", "{}"), ("training", "\xff")],
 )  # fmt: skip
 def test_a_broken_file_is_named_and_nothing_is_written(checkpoint, kind, content):

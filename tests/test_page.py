@@ -257,6 +257,22 @@ def test_only_a_classifier_that_looks_twice_is_taken(checkpoint, tokenizer, tmp_
         page.main()
 
 
+def texts_of(blocks):
+    return " ".join(block.value for block in blocks.blocks.values() if isinstance(getattr(block, "value", None), str))
+
+
+def test_the_promise_is_told_in_words_as_long_as_it_is_kept(model, tokenizer, monkeypatch):
+    pytest.importorskip("gradio")
+    assert "Its answers" not in texts_of(page.build_page(model, tokenizer, "name"))
+    promise = {"risk": "tolerance", "level": 0.005, "confidence": 0.95, "rows": 5000, "bound": 0.004, "lost": 0.001}
+    promise |= {"looks": model.config.looks, "thresholds": model.config.confidence, "doubted": 9}
+    monkeypatch.setattr(model.config, "promise", promise)
+    told = texts_of(page.build_page(model, tokenizer, "name"))
+    assert "Its answers lose at most 0.5 points of accuracy on the full model's for texts like the 5,000" in told
+    monkeypatch.setattr(model.config, "looks", [0.2, 1.0])
+    assert "Its answers" not in texts_of(page.build_page(model, tokenizer, "name"))
+
+
 def test_without_gradio_the_extra_is_named(model, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r'pip install "hf-budgetformer\[page\]"'):

@@ -15,6 +15,7 @@ import hf_budgetformer.narrow
 from conftest import STOCK, budgetformer, stock_classifier, stock_folder
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, BudgetFormerModel
 from hf_budgetformer.tools.narrowing import cut, unit_importance
+from hf_budgetformer.tools.tuning import rows_needed, tune
 
 
 # Its name since transformers 5.24, or before.
@@ -363,6 +364,54 @@ def test_the_evaluation_set_says_how_sure_the_first_look_is(tokenizer, tokenized
     bare = budgetformer("bert")
     trainer_for(bare, tmp_path, tokenizer, tokenized, callbacks=[BudgetCallback()], max_steps=1).train()
     assert bare.config.margins is None
+
+
+def calibrated(model, folder, tokenizer, rows, evaluate_on, callback):
+    trainer_for(
+        model, folder, tokenizer, rows, callbacks=[callback], evaluate_on=evaluate_on, max_steps=2,
+        eval_strategy="steps" if evaluate_on is not None else "no",
+    ).train()  # fmt: skip
+    return model.config
+
+
+def test_at_the_end_the_looks_are_those_that_tune_finds_on_the_evaluation_set(tokenizer, tokenized, tmp_path):
+    model = budgetformer("bert")
+    config = calibrated(model, tmp_path, tokenizer, tokenized, tokenized, BudgetCallback(disagreement=0.3))
+    found = tune(model, tokenized, tokenizer, disagreement=0.3, write=False)
+    assert found.promise["rows"] == 64
+    assert (config.looks, config.confidence, config.promise) == (found.looks, found.confidence, found.promise)
+    assert config.margins["budget"] == min(config.looks[0], config.narrow_budget)
+
+
+def test_too_few_rows_to_promise_anything_are_warned_of(tokenizer, tokenized, tmp_path, caplog):
+    config = calibrated(budgetformer("bert"), tmp_path, tokenizer, tokenized, tokenized, BudgetCallback())
+    [told] = [record.message for record in caplog.records if "too few" in record.message]
+    assert "64 rows to evaluate on are too few to promise that at most 1% of the answers differ" in told
+    assert f"it takes {rows_needed('disagreement', 0.01, 0.05 / 3)}." in told
+    assert config.looks is config.confidence is config.promise is None
+    assert config.margins["budget"] == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("disagreement", [0.3, None])
+def test_looks_of_the_user_stay_and_promise_nothing(tokenizer, tokenized, tmp_path, disagreement):
+    model = budgetformer("bert", looks=[0.2, 1.0], confidence=[0.9])
+    config = calibrated(model, tmp_path, tokenizer, tokenized, tokenized, BudgetCallback(disagreement=disagreement))
+    assert (config.looks, config.confidence, config.promise) == ([0.2, 1.0], [0.9], None)
+    assert config.margins["budget"] == 0.2
+
+
+def test_further_training_voids_the_promise_and_its_looks(tokenizer, tokenized, tmp_path):
+    model = budgetformer("bert")
+    config = calibrated(model, tmp_path, tokenizer, tokenized, tokenized, BudgetCallback(disagreement=0.3))
+    assert config.promise is not None
+    calibrated(model, tmp_path, tokenizer, tokenized, None, BudgetCallback())
+    assert config.looks is config.confidence is config.promise is config.margins is None
+
+
+@pytest.mark.parametrize("disagreement", [0.0, 1.0, 1, "0.1"])
+def test_a_promise_that_is_none_is_refused(disagreement):
+    with pytest.raises(ValueError, match=rf"disagreement must be None or a float in \(0, 1\), got {disagreement!r}"):
+        BudgetCallback(disagreement=disagreement)
 
 
 def test_an_encoder_without_a_classifier_trains_with_the_callback(tokenized, tokenizer, tmp_path):

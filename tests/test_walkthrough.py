@@ -90,7 +90,7 @@ def test_tuned_looks_are_the_models_and_its_predictions_are_those_evaluated(plac
     tuned = kept(place / "out", "tuning")
     model, tokenizer = load_classifier(str(place / "out"), budgeted=True, device="cpu")
     assert model.config.looks is not None
-    assert tuned["evaluations"] < tuned["grid_evaluations"]
+    assert model.config.promise == tuned["promise"]
     rows = read_table(str(place / "test.parquet"))
     found = evaluate_budgets(model, rows, tokenizer, (1.0, None))
     assert found.results[0].correct == by_budget(kept(place / "out", "evaluation"), "correct")[1.0]

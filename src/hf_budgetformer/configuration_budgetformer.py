@@ -93,6 +93,8 @@ class BudgetFormerConfig(PreTrainedConfig):
         confidence: A threshold in [0, 1] after each look but the last: answers less sure are doubted. None: 0.8.
         margins: How sure the first look of a mean budget is on texts like the user's: `{"budget": its budget,
             "quantiles": evenly spaced quantiles of the confidence}`; see `tools.tuning.calibrate_margins`.
+        promise: What looks and confidence were calibrated to keep, and on how many rows, as `tools.tuning.tune` writes
+            it. Training voids it, and so do other looks.
         freeze_full: Whether the full encoder and its head stay as they are in training, and run without dropout.
         full_encoder: False for a model that was cut to its narrow encoder, see `tools.narrowing.cut`. Default True.
         distillation_weight: Where a model learns from `teacher_logits` and labels (one that was cut, or with routers in
@@ -157,6 +159,7 @@ class BudgetFormerConfig(PreTrainedConfig):
     looks: list[float | int] | tuple[float | int, ...] | None = None
     confidence: list[float | int] | tuple[float | int, ...] | None = None
     margins: dict[str, Any] | None = None
+    promise: dict[str, Any] | None = None
     freeze_full: bool = False
     full_encoder: bool = True
     distillation_weight: float | int = _fraction(1.0)
@@ -233,6 +236,15 @@ class BudgetFormerConfig(PreTrainedConfig):
                 f"margins must hold a 'budget' of at most narrow_budget={self.narrow_budget} and two 'quantiles' or "
                 f"more, got {margins}."
             )
+
+    def validate_promise(self) -> None:
+        """A promise says what it is of."""
+        promise, names = (
+            self.promise,
+            {"risk", "level", "confidence", "rows", "looks", "thresholds", "bound", "lost", "doubted"},
+        )
+        if promise is not None and not (names <= promise.keys() and promise["rows"] >= 1):
+            raise ValueError(f"promise must hold {sorted(names)}, as tools.tuning.tune writes it, got {promise}.")
 
     @classmethod
     def from_backbone_config(cls, config: PreTrainedConfig | dict[str, Any], **kwargs: Any) -> "BudgetFormerConfig":

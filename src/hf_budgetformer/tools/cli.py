@@ -108,11 +108,11 @@ def _keep_quiet() -> None:
         logging.disable_progress_bar()
 
 
-def _read(data: str, split: str | None, columns: list[str] | None, skip_bad: bool) -> Any:
+def _read(data: str, split: str | None, columns: list[str] | None, skip_bad: bool, labelled: bool = True) -> Any:
     from hf_budgetformer.tools.tables import read_table
 
     _keep_quiet()
-    return read_table(data, split, _parse_pairs("--column", columns), skip_bad)
+    return read_table(data, split, _parse_pairs("--column", columns), skip_bad, labelled)
 
 
 def _load(checkpoint: str, device: str | None, budgeted: bool = True) -> tuple[Any, Any]:
@@ -150,6 +150,9 @@ def train(
     fine_tuned: Annotated[bool, typer.Option("--fine-tuned", help="CHECKPOINT is, and stays as it is.")] = False,
     together: Annotated[bool, typer.Option("--together", help="Both encoders learn at once, in one stage.")] = False,
     new_head: Annotated[bool, typer.Option("--new-head", help="Other labels than CHECKPOINT's: start anew.")] = False,
+    unlabelled: Annotated[
+        str | None, typer.Option(help="More texts for the narrow encoder, without labels.", show_default=False)
+    ] = None,
     config: Annotated[
         list[str] | None, typer.Option(help="FIELD=VALUE of BudgetFormerConfig; may be repeated.", show_default=False)
     ] = None,
@@ -174,9 +177,10 @@ def train(
     Path(output).mkdir(parents=True, exist_ok=True)
     rows = _read(data, split, column, skip_bad)
     held_out = _read(validation, validation_split, column, skip_bad) if validation else None
+    more = _read(unlabelled, None, column, skip_bad, labelled=False) if unlabelled else None
     with contextlib.redirect_stdout(sys.stderr):  # what the Trainer prints is no result
         found = train_classifier(
-            checkpoint, rows, arguments, held_out, fine_tuned, together, new_head, max_length, data, **fields
+            checkpoint, rows, arguments, held_out, fine_tuned, together, new_head, max_length, data, more, **fields
         )
     if with_card:
         from hf_budgetformer.tools.model_card import write_model_card
@@ -216,15 +220,22 @@ def evaluate(
     _finish(found, as_json, checkpoint, "evaluation", data, split, found.rows)
 
 
-@app.command(epilog="Example: budgetformer tune out validation.csv --tolerance 0.01 --write")
+@app.command(epilog="Example: budgetformer tune out validation.parquet --disagreement 0.01")
 def tune(
     checkpoint: Checkpoint,
     data: Data,
-    tolerance: Annotated[float, typer.Option(help="Accuracy that may be lost; 0.005 is half a point.")] = 0.005,
-    confidence: Annotated[float, typer.Option(help="That no more is lost.")] = 0.95,
-    budgets: Annotated[str | None, typer.Option(help="Candidates, with commas; default: a rising few.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Set the looks in the folder's config.json.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the order in which rows are looked at.")] = 0,
+    disagreement: Annotated[
+        float | None, typer.Option(help="Share of the texts that may be answered differently; default: 0.01.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Instead, accuracy that may be lost; 0.005 is half a point. Needs labels.")
+    ] = None,
+    mean_budget: Annotated[
+        float | None, typer.Option(help="Instead, mean share of the full model's work that may be spent.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="That the promise holds.")] = 0.95,
+    budgets: Annotated[str | None, typer.Option(help="First looks to choose from, with commas between.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Leave the folder's config.json as it is.")] = False,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
     device: Device = None,
@@ -233,20 +244,31 @@ def tune(
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """The smallest budget that keeps accuracy, with confidence."""
-    if write and not Path(checkpoint).is_dir():
-        raise typer.BadParameter(f"--write needs a folder, got {checkpoint}.")
-    asked: Any = None if budgets is None else _parse_budgets(budgets)
+    """The cheapest looks that keep a promise on texts like these; labels are needed for --tolerance only."""
+    if not dry_run and not Path(checkpoint).is_dir():
+        raise typer.BadParameter(f"CHECKPOINT must be a folder, or --dry-run be given, got {checkpoint}.")
+    candidates: Any = None if budgets is None else _parse_budgets(budgets)
+    from hf_budgetformer.tools import tuning
     from hf_budgetformer.tools.results import write_json
-    from hf_budgetformer.tools.tuning import tune_budget
 
     model, tokenizer = _load(checkpoint, device)
-    rows = _read(data, split, column, skip_bad)
-    found = tune_budget(model, rows, tokenizer, asked, tolerance, confidence, batch_size, seed, max_length, write=write)
-    if write:  # before the result is kept, which holds for these looks
+    rows = _read(data, split, column, skip_bad, labelled=tolerance is not None)
+    found = tuning.tune(
+        model,
+        rows,
+        tokenizer,
+        disagreement,
+        tolerance,
+        mean_budget,
+        confidence,
+        budgets=candidates,
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+    if not dry_run:  # before the result is kept, which holds for these looks
         path = Path(checkpoint) / "config.json"
-        looks = {name: getattr(model.config, name) for name in ("looks", "confidence", "margins")}
-        write_json(path, {**json.loads(path.read_text("utf-8")), **looks})
+        changed = {name: getattr(model.config, name) for name in ("looks", "confidence", "margins", "promise")}
+        write_json(path, {**json.loads(path.read_text("utf-8")), **changed})
     _finish(found, as_json, checkpoint, "tuning", data, split, len(rows))
 
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .batching import WINDOW, batches_by_length, check_batch_size
 from .checkpoints import distinct_budgets
 from .tables import label_ids
+from .tuning import warn_of_shift
 
 
 if TYPE_CHECKING:
@@ -149,6 +150,8 @@ def evaluate_budgets(
     finally:
         model.train(was_training)
 
+    if budgeted and None in asked:
+        warn_of_shift(ours.config, int((spent[asked.index(None)] > 1.0).sum()), rows)
     sample = np.unique(np.linspace(0, rows - 1, min(rows, MOST_INPUTS)).astype(int))
     inputs = {"length": lengths[sample].tolist()}
     if full in asked:

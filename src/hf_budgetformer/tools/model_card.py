@@ -18,7 +18,7 @@ from .evaluation import Evaluation
 from .plots import plot_accuracy, plot_inputs, plot_time, plot_training
 from .profiling import CostCard
 from .results import describe_looks, read_results, short_name
-from .tuning import TunedBudget
+from .tuning import Tuning, describe_promise, kept_promise
 
 
 logger = logging.get_logger(__name__)
@@ -57,12 +57,12 @@ classify("a text")
 ```"""
 _READERS: dict[str, Any] = {
     "evaluation": Evaluation.from_dict,
-    "tuning": TunedBudget.from_dict,
+    "tuning": Tuning.from_dict,
     "costs": CostCard.from_dict,
 }
 _HEADINGS = {
     "evaluation": "Accuracy by budget",
-    "tuning": "The budget that keeps accuracy",
+    "tuning": "The promise",
     "costs": "What it costs",
 }  # fmt: skip
 
@@ -134,10 +134,12 @@ def _about(config: BudgetFormerConfig, trained: bool) -> str:
             f"heads and neurons, for a first look at {config.narrow_budget:.3g} of the work or less; texts whose "
             "answer is in doubt go on to the full model"
         )
+    promise = kept_promise(config)
+    promised = "" if promise is None else f" {describe_promise(promise)}"
     return (
         f"## What it is\n\nA text classifier with {len(labels)} labels{named}, {config.backbone_model_type.upper()} "
-        f"inside. {does}. A plain call {call}. Method: after [BudgetFormer](https://arxiv.org/abs/2604.22583), by "
-        "hf_budgetformer."
+        f"inside. {does}. A plain call {call}.{promised} Method: after "
+        "[BudgetFormer](https://arxiv.org/abs/2604.22583), by hf_budgetformer."
     )
 
 
@@ -173,6 +175,8 @@ def _sections(config: BudgetFormerConfig, name: str, folder: Path, measured: dic
         limits.append("Heads are a part of the work: embeddings and feed-forward layers always run.")
     elif config.full_encoder:
         limits.append("A text in doubt costs both looks, more than the full model alone.")
+        if kept_promise(config):
+            limits.append("What is promised holds for texts like those of the calibration; on others tune again.")
     parts["limits"] = "## Limits\n\n" + "\n".join(f"- {line}" for line in limits)
     return parts
 

@@ -125,7 +125,7 @@ def cut(model: nn.Module, budget: float) -> Any:
         raise ValueError(f"budget must pay for a unit at least, {ours.narrow.order.costs[1]:.4g}, got {budget!r}.")
     small_config: Any = copy.deepcopy(config)
     small_config.narrow_budget, small_config.full_encoder = budget, False
-    small_config.looks = small_config.confidence = small_config.margins = None
+    small_config.looks = small_config.confidence = small_config.margins = small_config.promise = None
     small_config.freeze_full = False
     small = type(ours)(small_config).to(ours.narrow.steps.device, ours.dtype)
     small.base_model.embeddings.load_state_dict(ours.base_model.embeddings.state_dict())

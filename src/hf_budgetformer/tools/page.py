@@ -23,6 +23,7 @@ from .evaluation import Evaluation
 from .plots import plot_accuracy
 from .results import describe_looks, read_results
 from .tables import read_rows
+from .tuning import describe_promise, kept_promise
 
 
 DEMO_CHECKPOINT = "demo-output"
@@ -307,9 +308,12 @@ def build_page(model: Any, tokenizer: Any, checkpoint: str) -> Any:
     shape = f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads, {config.num_labels} labels"
     call = "runs the full model" if plan_call(model, None).looks[0] == FULL_LOOK else None
     call = call or describe_looks(config.looks, config.confidence)
+    promise = kept_promise(config)
+    promised = "" if promise is None else f" A plain call {call}. {describe_promise(promise)}"
     least, most = math.ceil(100 * model.narrow.order.costs[1]), math.floor(100 * config.narrow_budget)
     with gr.Blocks(title="BudgetFormer", analytics_enabled=False, delete_cache=(600, 600)) as page:
-        gr.Markdown(f"# BudgetFormer\n`{checkpoint}`, {shape}: a cheap first look, and the full model where in doubt.")
+        about = f"`{checkpoint}`, {shape}: a cheap first look, and the full model where in doubt."
+        gr.Markdown(f"# BudgetFormer\n{about}{promised}")
         with gr.Row():
             with gr.Column(min_width=280):
                 plain = gr.Checkbox(True, label=f"Plain call, which {call}")

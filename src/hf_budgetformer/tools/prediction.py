@@ -16,6 +16,7 @@ from .batching import WINDOW, batches_by_length, check_batch_size
 from .checkpoints import check_single_label, weights_digest
 from .results import write_json
 from .tables import read_rows
+from .tuning import warn_of_shift
 
 
 def _check_budgeted(model: Any) -> None:
@@ -61,6 +62,8 @@ def predict(
     if budget is not None or spent:
         _check_budgeted(model)
     numbered = enumerate(rows, first)
+    counts = model.config.model_type == "budgetformer" and budget is None
+    doubted = counted = 0
     while window := list(itertools.islice(numbered, WINDOW * batch_size)):
         for number, (_, fault) in window:
             if fault and not skip_bad:
@@ -73,6 +76,8 @@ def predict(
         for places, batch in batches_by_length(columns, tokenizer, batch_size, max_length) if sound else ():
             with torch.no_grad():
                 out = model(**batch.to(model.device), **asked)
+            if counts:
+                doubted, counted = doubted + int((out.budget > 1.0).sum()), counted + len(places)
             scores, labels = out.logits.float().softmax(-1).max(-1)
             for index, (place, label) in enumerate(zip(places, labels.tolist(), strict=True)):
                 answer = sound[place][0]
@@ -81,6 +86,8 @@ def predict(
                 if spent:
                     answer["budget"] = round(out.budget[index].item(), 6)
         yield from answers
+    if counted:
+        warn_of_shift(model.config, doubted, counted)
 
 
 def predict_file(

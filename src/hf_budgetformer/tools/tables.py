@@ -148,15 +148,20 @@ def read_rows(source: str, split: str | None = None, columns: Mapping[str, str] 
 
 
 def read_table(
-    source: str, split: str | None = None, columns: Mapping[str, str] | None = None, skip_bad: bool = False
+    source: str,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
+    labelled: bool = True,
 ) -> "Dataset":
-    """Labelled texts, all at once: the columns text, text_pair if there is one, and label.
+    """Texts, all at once: the columns text, text_pair if there is one, and label.
 
     Args:
         source: As in `read_rows`.
         split: As in `read_rows`.
         columns: As in `read_rows`.
         skip_bad: Whether to go on without the rows that are broken, and log which; or else they are an error.
+        labelled: Whether labels are needed, and read.
 
     Raises:
         OSError: There is no such source.
@@ -167,7 +172,7 @@ def read_table(
     rows, features = _open(source, split)
     good: list[dict[str, Any]] = []
     bad: list[str] = []
-    for number, (row, fault) in enumerate(_check(rows, source, columns, labelled=True)):
+    for number, (row, fault) in enumerate(_check(rows, source, columns, labelled)):
         if fault:
             bad.append(f"row {number} {fault}")
         else:
@@ -179,6 +184,8 @@ def read_table(
         if not skip_bad or not good:
             raise ValueError(f"{report}. Mend them, or go on without them: skip_bad=True (--skip-bad).")
         logger.warning("%s. Left out.", report)
+    if not labelled:
+        return Dataset.from_list(good)
     if source.endswith(".csv") and all(re.fullmatch(r"-?\d+", row["label"]) for row in good):
         good = [{**row, "label": int(row["label"])} for row in good]
     table = Dataset.from_list(good)

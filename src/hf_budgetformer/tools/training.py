@@ -1,6 +1,6 @@
 """Company for the plain Trainer: optional, training is right without it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +14,20 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils import logging
 
-from ..budgets import has_confidence
+from ..budgets import first_look_budget, has_confidence
+from ..configuration_budgetformer import is_share
 from .batching import batches_by_length
 from .checkpoints import load_trained, weights_digest
 from .narrowing import order_units
-from .tuning import calibrate_margins
+from .tuning import Calibration, apply_tuning, calibrate_margins, choose_looks, kept_promise, look_budgets, rows_needed
 
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
+
+logger = logging.get_logger(__name__)
 
 # Rows, evenly spaced, that importance is estimated from.
 _ORDER_ROWS = 256
@@ -45,26 +49,41 @@ def _has_labels(batch: Mapping[str, torch.Tensor], config: Any) -> bool:
     return labels is not None and (clear or not labels.is_floating_point())
 
 
-def _some_batches(loader: Any, size: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """Evenly spaced rows of a loader's data set, collated; nothing is iterated, so training draws what it would."""
+def _count_rows(loader: Any) -> int | None:
+    """Rows of a loader's data set; None where there is no loader, or its data are a stream."""
     dataset: Any = getattr(loader, "dataset", None)
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    return None if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") else len(dataset)
+
+
+def _collate(loader: Any, rows: Sequence[int], size: int) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Batches of rows of a loader's data set; the loader is not iterated, so that training draws what it would."""
+    for start in range(0, len(rows), size):
+        yield loader.collate_fn([loader.dataset[row] for row in rows[start : start + size]])
+
+
+def _some_batches(loader: Any, size: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Evenly spaced rows, collated; none of a stream."""
+    count = _count_rows(loader)
+    if not count:
         return []
-    rows = torch.linspace(0, len(dataset) - 1, min(_ORDER_ROWS, len(dataset))).long().tolist()
-    chunks = (loader.collate_fn([dataset[row] for row in rows[at : at + size]]) for at in range(0, len(rows), size))
+    rows = torch.linspace(0, count - 1, min(_ORDER_ROWS, count)).long().tolist()
+    chunks = _collate(loader, rows, size)
     return [{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in chunk.items()} for chunk in chunks]
 
 
 class BudgetCallback(TrainerCallback):
-    """Orders units before the first step, stores margins after the last one, and logs the parts of the loss.
+    """Orders units before the first step, calibrates the looks after the last one, and logs the parts of the loss.
 
     Before: the narrow encoder is born from the units that matter most to the labels of up to 256 training rows, see
     `tools.narrowing.order_units`. A model that was trained before or is resumed stays as it is; where batches have no
     `labels` that the model's own loss takes, or the data are a stream, it stays as it was loaded, born by the norms of
     its weights.
 
-    After: where the Trainer evaluates, while training or afterwards, `tools.tuning.calibrate_margins` measures on those
-    rows how sure the first look is, so that budgets between `config.narrow_budget` and 1 can be asked for.
+    After: where the Trainer has rows to evaluate on, the looks of a plain call become the cheapest ones that keep the
+    promise on rows like these, with 95% confidence, as `tools.tuning.tune` would find them; looks that the user set
+    stay. `config.margins` is stored too, so that budgets between `config.narrow_budget` and 1 can be asked for. Where
+    these rows are too few for the promise, a warning says how many it takes, and the looks stay as they are. Every
+    process reads all rows, so that all come to the same looks.
 
     Logged at every logging step of the Trainer, from the latest forward pass: `task_loss` (where the full model sees
     labels), `divergence` (of the narrow encoder from the full one), `budget` (what it ran at). With `router="layer"`
@@ -80,10 +99,15 @@ class BudgetCallback(TrainerCallback):
 
     Args:
         order: Whether units are ordered. Not where the encoder has yet to learn what its units are for.
+        disagreement: The promise: share of the inputs, in (0, 1), on which a plain call's answer may differ from the
+            full model's. None: looks stay as they are.
     """
 
-    def __init__(self, order: bool = True) -> None:
+    def __init__(self, order: bool = True, disagreement: float | None = 0.01) -> None:
+        if disagreement is not None and not (is_share(disagreement) and disagreement < 1.0):
+            raise ValueError(f"disagreement must be None or a float in (0, 1), got {disagreement!r}.")
         self.order = order
+        self.disagreement = disagreement
         self._ended = False
 
     def attach(self, trainer: Trainer) -> "BudgetCallback":
@@ -99,6 +123,7 @@ class BudgetCallback(TrainerCallback):
         if model.config.router == "layer":
             model.config.exploration_steps = state.max_steps
             return
+        self._forget_calibration(model.config)
         begins = state.global_step == 0 and not model.is_trained()
         if not (self.order and begins and hasattr(model, "classifier") and model.narrow.is_whole()):
             return
@@ -123,20 +148,45 @@ class BudgetCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stores the margins of the first look, where there are rows to measure them on."""
+        """Calibrates the looks, where there are rows to do it on."""
         self._ended = True
-        self._calibrate(_find_model(kwargs["model"]), kwargs.get("eval_dataloader"))
+        self._calibrate(_find_model(kwargs["model"]), kwargs.get("eval_dataloader"), args.eval_batch_size)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stores the margins at the first evaluation after training, if there was none before its end."""
+        """Calibrates the looks at the first evaluation after training, if there was none before its end."""
         model = _find_model(kwargs["model"])
         if self._ended and model.config.margins is None:  # the Trainer makes its loader no earlier
-            self._calibrate(model, kwargs.get("eval_dataloader"))
+            self._calibrate(model, kwargs.get("eval_dataloader"), args.eval_batch_size)
 
-    def _calibrate(self, model: Any, rows: Any) -> None:
-        doubtful = model.config.full_encoder and has_confidence(model.config)
-        if rows is not None and model.narrow is not None and model.narrow.head is not None and doubtful:
-            calibrate_margins(model, rows)
+    def _forget_calibration(self, config: Any) -> None:
+        """Drops what was calibrated with other weights; looks stay where the user set them."""
+        if kept_promise(config):
+            config.confidence = config.looks = None
+        config.margins = config.promise = None
+
+    def _calibrate(self, model: Any, loader: Any, size: int) -> None:
+        config = model.config
+        doubtful = config.full_encoder and has_confidence(config)
+        if loader is None or model.narrow is None or model.narrow.head is None or not doubtful:
+            return
+        count = _count_rows(loader)  # all rows in every process, which thus all come to the same looks
+        batches = loader if count is None else _collate(loader, range(count), size)
+        if self.disagreement is None or config.looks is not None:
+            calibrate_margins(model, batches)
+            return
+        budgets = look_budgets(config)
+        calibration = Calibration(model, batches, budgets)
+        rows = len(calibration.answers[1.0])
+        needed = rows_needed("disagreement", self.disagreement, 0.05 / len(budgets))
+        if rows >= needed:
+            apply_tuning(config, choose_looks(calibration, "disagreement", self.disagreement), calibration)
+            return
+        nearest = min(budgets, key=lambda budget: abs(budget - first_look_budget(config)))
+        config.margins = calibration.margins(nearest)
+        logger.warning(
+            f"{rows} rows to evaluate on are too few to promise that at most {100 * self.disagreement:.3g}% of the "
+            f"answers differ from the full model's: it takes {needed}. The looks of a plain call stay as they are."
+        )
 
     def on_log(
         self,

@@ -1,11 +1,10 @@
-"""How sure a first look is, and the smallest budget that keeps accuracy, found on as few evaluations as it takes."""
+"""The promise: the cheapest looks whose answers differ from the full model's on at most so many inputs like these."""
 
 import bisect
-import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +13,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..budgets import TRAINED_SHARES, first_look_budget, has_confidence
 from ..budgets import confidence as margin_of
-from ..budgets import first_look_budget, has_confidence, plan_budget
 from ..configuration_budgetformer import is_share
-from .batching import batches_by_length, check_batch_size
+from .batching import WINDOW, batches_by_length, check_batch_size
 from .checkpoints import check_classifier
+from .results import describe_looks
 from .tables import label_ids
 
 
@@ -26,18 +26,391 @@ if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
 
+logger = logging.get_logger(__name__)
+
+# Of confidence, falling; chosen before any row is seen, and denser where confident models put their answers.
+THRESHOLDS = (
+    1.0,
+    *(round(1.0 - 10.0 ** (step / 20.0), 7) for step in range(-120, -19)),
+    *(step / 50.0 for step in range(44, -1, -1)),
+)
+RISKS = ("disagreement", "tolerance", "mean_budget")
 # Shares of the capital that one row may lose. Spaced evenly, for where few differences are not zero large bets decide.
 _BETS = np.linspace(0.05, 0.95, 10)
-# Standard errors by which the rows to come may turn out better than those seen before a test is given up: less saves
-# more evaluations and finds larger budgets.
-_OPTIMISM = 1.25
 # Quantiles of the margin that are stored.
 _QUANTILES = 101
-# Candidates above the narrow budget: means to spend.
-_MEAN_BUDGETS = (0.3, 0.35, 0.4, 0.5, 0.6, 0.75)
+# Of the test whether new inputs are doubted as often as those of the calibration.
+_SHIFT_ERROR = 0.01
+# Work is a sum of shares: a mean budget of 1/4 pays for a first look of 1/4, whatever the last bit says.
+_SLACK = 1e-6
 
 
-@torch.no_grad()
+def look_budgets(config: Any) -> list[float]:
+    """The first looks that `tune` chooses from: those that the narrow encoder is trained at."""
+    return [share * config.narrow_budget for share in TRAINED_SHARES]
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What one first look made of the calibration rows.
+
+    Attributes:
+        budget: Asked for.
+        work: Share of the full model's FLOPs.
+        seconds: Share of the full model's time, measured on these rows.
+        confidence: (N,), float, in [0, 1].
+        losses: (N,), integers in {-1, 0, 1}: what is lost where the look's answer stands. Of a disagreement 1 where the
+            full model answers differently; of accuracy (right in full) - (right at this look).
+    """
+
+    budget: float
+    work: float
+    seconds: float
+    confidence: np.ndarray
+    losses: np.ndarray
+
+
+@dataclass(frozen=True)
+class TestedLooks:
+    """One first look and the threshold that it was found to allow.
+
+    Attributes:
+        budget: Of the first look.
+        threshold: Answers less confident are doubted: 0 doubts none. None: no threshold keeps the promise.
+        doubted: Share of the rows that the full model looks at.
+        work: Mean share of the full model's FLOPs, both looks together.
+        seconds: Mean share of the full model's time, as measured, both looks together.
+        risk: What was lost on the rows: accuracy for a tolerance, else agreement with the full model.
+        bound: Upper bound of what is promised, for inputs like these at this threshold: of the risk, or of the work for
+            a mean budget. At the confidence asked for, which all looks share; never above the level.
+    """
+
+    budget: float
+    threshold: float | None
+    doubted: float
+    work: float
+    seconds: float
+    risk: float
+    bound: float
+
+
+def log_capital(counts: Any, mean: float) -> np.ndarray:
+    """Log of the capital, 1 at the start, after betting that the differences' true mean is below `mean`, in (-1, 1).
+
+    If it is not, the capital reaches 1 / alpha with probability alpha at most. Waudby-Smith and Ramdas, "Estimating
+    means of bounded random variables by betting" (arXiv 2010.09686), averaged over a grid of constant bets.
+
+    Args:
+        counts: (..., 3), of the differences -1, 0 and 1.
+        mean: In (-1, 1).
+
+    Returns:
+        (...), float64.
+    """
+    gains = np.log1p(_BETS * (mean - np.array([[-1.0], [0.0], [1.0]])) / (1.0 - mean))  # (3, bets)
+    capital: np.ndarray = np.logaddexp.reduce(np.asarray(counts) @ gains, axis=-1) - math.log(len(_BETS))
+    return capital
+
+
+def _binomial_cdf(counts: np.ndarray, rows: int, share: float) -> np.ndarray:
+    """Probability of at most `counts` (T,) successes in `rows` draws, each of probability `share`, in (0, 1)."""
+    number = np.arange(1, counts.max() + 1)
+    steps = np.log((rows - number + 1) / number) + math.log(share) - math.log1p(-share)
+    logs = rows * math.log1p(-share) + np.concatenate([[0.0], steps.cumsum()])
+    cdf: np.ndarray = np.exp(np.minimum(np.logaddexp.accumulate(logs), 0.0))
+    return cdf[counts]
+
+
+def _p_values(counts: np.ndarray, level: float, signed: bool) -> np.ndarray:
+    """(T, 3) counts of -1, 0 and 1 -> (T,) largest probability of so little loss if its mean were `level` or more."""
+    if level <= 0.0:
+        return np.ones(len(counts))
+    if signed:
+        return np.exp(np.minimum(-log_capital(counts, level), 0.0))
+    return _binomial_cdf(counts[:, 2], int(counts[0].sum()), level)
+
+
+def _upper_bound(counts: np.ndarray, error: float, signed: bool) -> float:
+    """The level from which on losses of these counts (3,) have a probability of at most `error`."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        if _p_values(counts[None], middle, signed)[0] <= error:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def rows_needed(risk: str, level: float, error: float) -> int:
+    """Rows that it takes to show a disagreement or tolerance of `level`, at that error, if no answer changes."""
+    if risk == "disagreement":
+        return math.ceil(math.log(error) / math.log1p(-level))
+    return bisect.bisect_left(range(2**40), -math.log(error), key=lambda rows: float(log_capital([0, rows, 0], level)))
+
+
+def _check_promise(risk: str, level: float, confidence: float, rows: int, works: Sequence[float]) -> None:
+    """Raises ValueError unless first looks of these `works` can be tested for the promise on so many rows."""
+    if risk not in RISKS:
+        raise ValueError(f"risk must be one of {list(RISKS)}, got {risk!r}.")
+    for name, value in ((risk, level), ("confidence", confidence)):
+        if not isinstance(value, float) or not 0.0 < value < 1.0:
+            raise ValueError(f"{name} must be a float in (0, 1), got {value!r}.")
+    if not works or not rows:
+        raise ValueError(f"there must be at least one first look and one row, got {len(works)} and {rows}.")
+    if risk == "mean_budget":
+        if level < min(works) - _SLACK:
+            raise ValueError(f"mean_budget must pay for a first look at least, {min(works):.4g}, got {level:g}.")
+        return
+    needed = rows_needed(risk, level, (1.0 - confidence) / len(works))
+    if rows < needed:
+        raise ValueError(
+            f"{risk} must be larger for {rows} rows, got {level:g}: even if no answer changed, it would take {needed} "
+            f"rows to promise that with confidence {confidence:g} and {len(works)} first looks to choose from."
+        )
+
+
+def find_looks(looks: Sequence[FirstLook], risk: str, level: float, confidence: float = 0.95) -> list[TestedLooks]:
+    """Finds for each first look the cheapest threshold that keeps the promise; knows nothing of models.
+
+    Learn-then-Test (Angelopoulos et al., arXiv 2110.01052) with fixed-sequence testing: for each look the thresholds of
+    a fixed grid are tested from the safest on, up to the first that fails, at an error of (1 - confidence) over the
+    number of looks, so that all that is kept holds at once. Disagreements and spent budgets are tested by the binomial
+    law, differences of accuracy by betting. The promise is of inputs that the rows are independent draws from.
+
+    Args:
+        looks: At least one, all of the same rows.
+        risk: "disagreement" with the full model, "tolerance" (accuracy lost), or "mean_budget" (work spent).
+        level: What the risk may be, in (0, 1).
+        confidence: In (0, 1).
+
+    Returns:
+        One for each look, in their order.
+
+    Raises:
+        ValueError: An argument is not allowed, or rows are too few to show the level at all; says how many it takes.
+    """
+    rows = len(looks[0].losses) if looks else 0
+    _check_promise(risk, level, confidence, rows, [look.work for look in looks])
+    error = (1.0 - confidence) / len(looks)
+    return [_find_threshold(look, risk, level, error) for look in looks]
+
+
+def _find_threshold(look: FirstLook, risk: str, level: float, error: float) -> TestedLooks:
+    rows, signed = len(look.losses), risk == "tolerance"
+    thresholds = np.array(THRESHOLDS, look.confidence.dtype)  # compared in the precision that a model compares them in
+    first = np.searchsorted(-thresholds, -look.confidence)  # the first threshold at which each row's answer stands
+    table = np.bincount(3 * first + look.losses + 1, minlength=3 * len(thresholds) + 3).reshape(-1, 3)
+    lost = table[:-1].cumsum(0)  # (T, 3)
+    doubted = rows - lost.sum(-1)
+    lost[:, 1] += doubted  # they lose nothing
+    if risk == "mean_budget":  # the safest doubts none; what is left for second looks is a share of the rows
+        tested, limit = np.stack([0 * doubted, rows - doubted, doubted], axis=-1), level - look.work
+        p_values = _p_values(tested, limit, signed)
+        p_values[-1] = float(limit < -_SLACK)  # without second looks nothing is left to chance
+        passed = _count_passed(p_values[::-1], error)
+        found = len(thresholds) - passed
+    else:
+        tested = lost
+        passed = _count_passed(_p_values(tested, level, signed), error)
+        found = passed - 1
+    if not passed:
+        return TestedLooks(look.budget, None, 1.0, 1.0, 1.0, 0.0, 0.0)
+    share = float(doubted[found] / rows)
+    bound = _upper_bound(tested[found], error, signed)
+    if risk == "mean_budget":
+        bound = look.work + (bound if THRESHOLDS[found] else 0.0)
+    return TestedLooks(
+        budget=look.budget,
+        threshold=THRESHOLDS[found],
+        doubted=share,
+        work=look.work + share,
+        seconds=look.seconds + share,
+        risk=float((lost[found, 2] - lost[found, 0]) / rows),
+        bound=bound,
+    )
+
+
+def _count_passed(p_values: np.ndarray, error: float) -> int:
+    """Tests that pass before the first one that fails."""
+    failed = p_values > error
+    return int(failed.argmax()) if failed.any() else len(failed)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The answer of `tune`.
+
+    Attributes:
+        looks: For `config.looks`; [1.0] where no first look keeps the promise and saves work.
+        confidence: For `config.confidence`.
+        promise: For `config.promise`: `settings`, `looks` and their `thresholds`, the `bound`, how many rows were
+            `doubted`, and the share `lost`, that is the risk on the rows.
+        tested: What each first look allows.
+        settings: What was asked for, and of how many rows.
+    """
+
+    looks: list[float]
+    confidence: list[float] | None
+    promise: dict[str, Any]
+    tested: list[TestedLooks]
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Tuning":
+        """From what `to_dict` returned, through JSON or not."""
+        return cls(**{**values, "tested": [TestedLooks(**test) for test in values["tested"]]})
+
+    def __str__(self) -> str:
+        risk = self.settings["risk"]
+        lost = "accuracy lost" if risk == "tolerance" else "disagreement"
+        bounded = "work, at most" if risk == "mean_budget" else "at most"
+        lines = [f"{'first look':>10}{'threshold':>12}{'doubted':>9}{'work':>7}{'time':>7}{lost:>15}  {bounded}"]
+        for test in self.tested:
+            if test.threshold is None:
+                lines.append(f"{test.budget:>10.3f}{'none keeps the promise':>25}")
+                continue
+            cost = f"{test.threshold:>12.5f}{test.doubted:>9.1%}{test.work:>7.3f}{test.seconds:>7.3f}"
+            bound = f"{test.bound:.3f}" if risk == "mean_budget" else f"{test.bound:.2%}"
+            lines.append(f"{test.budget:>10.3f}{cost}{test.risk:>15.2%}  {bound}")
+        call = describe_looks(self.looks, self.confidence)
+        return "\n".join([*lines, f"A plain call {call}. {describe_promise(self.promise)}"])
+
+
+def describe_promise(promise: Mapping[str, Any]) -> str:
+    """What a plain call promises by `config.promise`, in words."""
+    level, risk = promise["level"], promise["risk"]
+    texts = f"texts like the {promise['rows']:,} of the calibration"
+    sure = f"with {100 * promise['confidence']:.3g}% confidence"
+    if risk == "mean_budget":
+        return (
+            f"It spends at most {level:.3g} of the full model's work in the mean over {texts}, {sure}; "
+            f"{promise['lost']:.2%} of those were answered otherwise than by the full model."
+        )
+    goal = f"differ from the full model's on at most {100 * level:.3g}% of {texts}, {sure}."
+    if risk == "tolerance":
+        goal = f"lose at most {100 * level:.3g} points of accuracy on the full model's for {texts}, {sure}."
+    if promise["looks"] == [1.0]:
+        return f"No first look that saves work was shown to give answers that {goal}"
+    return f"Its answers {goal}"
+
+
+def kept_promise(config: Any) -> dict[str, Any] | None:
+    """`config.promise`, as long as the looks of a plain call are those that it was made for."""
+    promise = config.promise
+    if promise is None:
+        return None
+    now = (list(config.looks or ()), list(config.confidence or ()))
+    return promise if now == (promise["looks"], promise["thresholds"]) else None
+
+
+def _decisions(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """(B, num_labels) -> what is answered: a label (B,), or for several labels whether each is on (B, num_labels)."""
+    return logits > 0 if problem_type == "multi_label_classification" else logits.argmax(-1)
+
+
+def _check_looks_twice(model: nn.Module) -> Any:
+    ours: Any = model
+    check_classifier(model)
+    if ours.narrow is None or not ours.config.full_encoder or not has_confidence(ours.config):
+        raise ValueError("model must look twice: with a narrow encoder beside a full one, and labels to choose from.")
+    return ours
+
+
+def _check_first_looks(budgets: Iterable[float], config: Any) -> list[float]:
+    """Each budget once, in their order; raises ValueError where one is none of a first look, or none is given."""
+    found = list(dict.fromkeys(budgets))
+    if not found:
+        raise ValueError("budgets must hold at least one, that of a first look, got none.")
+    for budget in found:
+        if not is_share(budget) or budget > config.narrow_budget:
+            narrow = f"narrow_budget={config.narrow_budget:g}"
+            raise ValueError(f"budget must be at most {narrow}, that of a first look, got {budget!r}.")
+    return found
+
+
+_NOT_INPUTS = ("label", "labels", "teacher_logits")
+
+
+class Calibration:
+    """What the full model and first looks say of rows, for promises and margins alike.
+
+    Args:
+        model: A BudgetFormer classifier that looks twice; asked in eval mode, and left in the mode it was in.
+        batches: What `forward` takes; labels and teachers' answers are ignored.
+        budgets: Of first looks, each at most `config.narrow_budget`.
+        full: Whether the full model is asked too.
+
+    Attributes:
+        budgets: Each once.
+        work: For each budget its share of the full model's FLOPs.
+        answers: For each budget (N,) labels, or (N, num_labels) whether each is on; of the full model those at 1.0.
+        confidence: For each budget (N,), in the precision of a call, at least float32.
+        seconds: For each budget what all rows took, and for 1.0 too.
+
+    Raises:
+        ValueError: The model is of another kind, a budget is none of a first look, or there is no batch.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, torch.Tensor]],
+        budgets: Sequence[float],
+        full: bool = True,
+    ) -> None:
+        ours = _check_looks_twice(model)
+        self.budgets = _check_first_looks(budgets, ours.config)
+        asked = [*self.budgets, 1.0] if full else self.budgets
+        answers: dict[float, list[torch.Tensor]] = {budget: [] for budget in asked}
+        confidence: dict[float, list[torch.Tensor]] = {budget: [] for budget in asked}
+        self.seconds = dict.fromkeys(asked, 0.0)
+        was_training, device, kind = model.training, ours.narrow.steps.device, ours.config.problem_type
+        model.eval()
+        try:
+            for batch in batches:
+                inputs = {name: x for name, x in batch.items() if name not in _NOT_INPUTS}
+                inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+                for budget in asked:
+                    start = time.perf_counter()
+                    logits = ours(**inputs, budget=budget).logits
+                    confidence[budget].append(margin_of(logits, kind).cpu())
+                    answers[budget].append(_decisions(logits, kind).cpu())
+                    self.seconds[budget] += time.perf_counter() - start
+        finally:
+            model.train(was_training)
+        if not confidence[asked[0]]:
+            raise ValueError("batches must hold at least one batch, got none.")
+        self.work = {budget: ours.narrow.order.look(budget).cost for budget in self.budgets}
+        self.answers = {budget: torch.cat(parts).numpy() for budget, parts in answers.items()}
+        self.confidence = {budget: torch.cat(parts).numpy() for budget, parts in confidence.items()}
+
+    def first_looks(self, labels: np.ndarray | None = None) -> list[FirstLook]:
+        """For `find_looks`: disagreements with the full model, or with `labels` (N,) differences of accuracy."""
+        full = self.answers[1.0]
+        looks = []
+        for budget in self.budgets:
+            own = self.answers[budget]
+            if labels is None:
+                differs = own != full
+                losses = (differs if differs.ndim == 1 else differs.any(-1)).astype(int)
+            else:
+                losses = (full == labels).astype(int) - (own == labels).astype(int)
+            seconds = self.seconds[budget] / self.seconds[1.0]
+            looks.append(FirstLook(budget, self.work[budget], seconds, self.confidence[budget], losses))
+        return looks
+
+    def margins(self, budget: float) -> dict[str, Any]:
+        """For `config.margins`."""
+        quantiles = np.quantile(self.confidence[budget].astype(np.float64), np.linspace(0, 1, _QUANTILES))
+        return {"budget": budget, "quantiles": [round(x, 6) for x in quantiles.tolist()]}
+
+
 def calibrate_margins(
     model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], budget: float | None = None
 ) -> None:
@@ -54,320 +427,175 @@ def calibrate_margins(
     Raises:
         ValueError: The model is of another kind, the budget is none of a first look, or there is no batch.
     """
-    ours: Any = model
-    check_classifier(model)
-    if ours.narrow is None or not ours.config.full_encoder or not has_confidence(ours.config):
-        raise ValueError("model must look twice: with a narrow encoder beside a full one, and labels to choose from.")
+    ours = _check_looks_twice(model)
     budget = first_look_budget(ours.config) if budget is None else budget
-    if budget > ours.config.narrow_budget:
-        narrow = f"narrow_budget={ours.config.narrow_budget:g}"
-        raise ValueError(f"budget must be at most {narrow}, that of a first look, got {budget}.")
-    found, was_training = [], model.training
-    model.eval()
-    try:
-        for batch in batches:
-            inputs = {name: x for name, x in batch.items() if name not in ("label", "labels", "teacher_logits")}
-            device = ours.narrow.steps.device
-            inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-            found.append(margin_of(ours(**inputs, budget=budget).logits, ours.config.problem_type).cpu())
-    finally:
-        model.train(was_training)
-    if not found:
-        raise ValueError("batches must hold at least one batch, got none.")
-    quantiles = torch.cat(found).double().quantile(torch.linspace(0, 1, _QUANTILES).double())
-    ours.config.margins = {"budget": budget, "quantiles": [round(x, 6) for x in quantiles.tolist()]}
+    ours.config.margins = Calibration(model, batches, [budget], full=False).margins(budget)
 
 
-@dataclass(frozen=True)
-class BudgetTest:
-    """What was found out about one budget that was asked for.
+def choose_looks(
+    calibration: Calibration, risk: str, level: float, confidence: float = 0.95, labels: np.ndarray | None = None
+) -> Tuning:
+    """The cheapest looks, by their work, that keep a promise; of a mean budget those that differ least.
 
-    Attributes:
-        rows: Inputs evaluated at it.
-        difference: Accuracy lost on them: mean of (right in full) - (right at this budget), in [-1, 1].
-        interval: Bounds of the accuracy lost on inputs like these; each of the two holds with the confidence asked for.
-        decision: Whether the accuracy lost is "within" the tolerance, "exceeds" it, or is "undecided".
-        spent: Mean share of the full model's work.
-    """
-
-    budget: float
-    rows: int
-    difference: float
-    interval: tuple[float, float]
-    decision: str
-    spent: float | None = None
-
-
-@dataclass(frozen=True)
-class TunedBudget:
-    """The answer of `tune_budget`: the smallest budget found to be within the tolerance, 1.0 if none below is.
-
-    Attributes:
-        accuracy: Of the full model, on the rows that were looked at.
-        curve: The budgets that were tested, rising.
-        evaluations: Inputs run through the model, in full too.
-        grid_evaluations: Inputs that all budgets on all rows would have taken.
-        settings: What was asked for.
-    """
-
-    budget: float
-    accuracy: float
-    curve: list[BudgetTest]
-    evaluations: int
-    grid_evaluations: int
-    settings: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TunedBudget":
-        """From what `to_dict` returned, through JSON or not."""
-        curve = [BudgetTest(**{**test, "interval": tuple(test["interval"])}) for test in values["curve"]]
-        return cls(**{**values, "curve": curve})
-
-    def __str__(self) -> str:
-        lines = [f"{'budget':>6}{'spent':>8}{'rows':>8}  {'points lost':<23}decision"]
-        for test in self.curve:
-            low, high = test.interval
-            lost = f"{100 * test.difference:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
-            lines.append(f"{test.budget:>6.3f}{test.spent:>8.3f}{test.rows:>8}  {lost:<23}{test.decision}")
-        asked = f"within {100 * self.settings['tolerance']:g} points of the full model ({self.accuracy:.1%})"
-        lines.append(f"smallest budget {asked}, confidence {self.settings['confidence']:g}: {self.budget:.3f}")
-        share = self.evaluations / self.grid_evaluations
-        return "\n".join([*lines, f"{self.evaluations} evaluations, {share:.1%} of the full grid"])
-
-
-def log_capital(counts: Any, mean: float) -> float:
-    """Log of the capital, 1 at the start, after betting that the differences' true mean is below `mean`, in (-1, 1).
-
-    If it is not, the capital ever reaches 1 / alpha with probability alpha at most. Counts (3,) are of -1, 0 and 1.
-    """
-    logs = np.asarray(counts) @ np.log1p(_BETS * (mean - np.array([[-1.0], [0.0], [1.0]])) / (1.0 - mean))
-    return float(np.logaddexp.reduce(logs)) - math.log(len(_BETS))
-
-
-def _upper_bound(counts: np.ndarray, threshold: float) -> float:
-    low, high = -1.0, 1.0
-    while high - low > 1e-9:  # the capital rises with the mean it bets against
-        middle = (low + high) / 2
-        low, high = (low, middle) if log_capital(counts, middle) >= threshold else (middle, high)
-    return high
-
-
-def _is_futile(counts: np.ndarray, rows: int, tolerance: float, threshold: float) -> bool:
-    """Whether all `rows` would not do even if those to come were somewhat better than those seen."""
-    seen = counts.sum()
-    gained, lost = counts[0] + _OPTIMISM * counts[0] ** 0.5, max(counts[2] - _OPTIMISM * counts[2] ** 0.5, 0.0)
-    hoped = np.array([gained, max(seen - gained - lost, 0.0), lost])
-    return log_capital(counts + hoped * (rows - seen) / seen, tolerance) < threshold
-
-
-def race(
-    losses: Callable[[float, range], np.ndarray],
-    budgets: Iterable[float],
-    rows: int,
-    tolerance: float = 0.005,
-    confidence: float = 0.95,
-    chunk: int = 256,
-    futility: bool = True,
-) -> tuple[float, list[BudgetTest]]:
-    """Looks for the smallest budget whose mean loss is within `tolerance`, by bisection; knows nothing of models.
-
-    A budget is tested on a growing sample until it is decided or nothing is left. The bounds are a confidence sequence,
-    valid whenever one stops: the capital process of Waudby-Smith and Ramdas, "Estimating means of bounded random
-    variables by betting" (arXiv 2010.09686), averaged over a grid of constant bets ("grid Kelly" there), each test at
-    error (1 - confidence) / t, where t is the most tests bisection can take. The guarantee is about the inputs that the
-    rows are independent draws from, which they stay when shuffled, so nothing is corrected for a finite sample. Thus a
-    budget that all rows leave undecided stays so, though its loss on just these is then known exactly, and is not kept.
-
-    That the budget returned is within the tolerance holds with `confidence` if all budgets below one that exceeds it
-    exceed it too, which asks less than that the loss falls all along. Where even that fails, bisection returns a budget
-    that passed its own test at error (1 - confidence) / t, not necessarily the smallest that would.
+    Work and not the seconds measured decides, so that the answer is the same on every machine and in every process.
 
     Args:
-        losses: Takes a budget and the next rows, positions in the shuffled sample and the same for every budget; gives
-            (rows,) integers in {-1, 0, 1}: (right in full) - (right at the budget).
-        budgets: Candidates in (0, 1]; 1.0 needs no test.
-        rows: Size of the sample.
-        tolerance: Mean loss allowed, in (0, 1).
-        confidence: In (0, 1).
-        chunk: Rows asked for at a time, >= 1.
-        futility: Whether to give up a test when passing is out of reach; saves much and finds slightly larger budgets.
-
-    Returns:
-        the budget, 1.0 if none below passed, and the tests in the order they were made.
+        calibration: Of the rows, the full model's answers too.
+        risk: As in `find_looks`.
+        level: As in `find_looks`.
+        confidence: As in `find_looks`.
+        labels: (N,), for the risk "tolerance".
 
     Raises:
-        ValueError: An argument is not allowed, or `rows` are too few to show the tolerance at all.
+        ValueError: As in `find_looks`.
     """
-    budgets = list(budgets)
-    candidates = sorted({budget for budget in budgets if is_share(budget)} - {1.0})
-    if not candidates or not all(map(is_share, budgets)):
-        raise ValueError(f"budgets must be floats in (0, 1], at least one of them below 1, got {budgets}.")
-    for name, value in (("tolerance", tolerance), ("confidence", confidence)):
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"{name} must be in (0, 1), got {value}.")
-    threshold = math.log(len(candidates).bit_length() / (1.0 - confidence))
-    needed = bisect.bisect_left(range(2**62), threshold, key=lambda zeros: log_capital([0, zeros, 0], tolerance))
-    if needed > rows:
-        raise ValueError(
-            f"tolerance must be larger for {rows} rows, got {tolerance}: even if no answer changed, it would take "
-            f"{needed} rows to show that with confidence {confidence} and {len(candidates)} budgets below 1."
-        )
-
-    def run_test(budget: float) -> BudgetTest:
-        counts, seen, decision = np.zeros(3), 0, "undecided"
-        while seen < rows and decision == "undecided":
-            new = range(seen, min(seen + chunk, rows))
-            counts += np.bincount(losses(budget, new) + 1, minlength=3)
-            seen = new.stop
-            if log_capital(counts, tolerance) >= threshold:
-                decision = "within"
-            elif log_capital(counts[::-1], -tolerance) >= threshold:
-                decision = "exceeds"
-            elif futility and _is_futile(counts, rows, tolerance, threshold):
-                break
-        interval = -_upper_bound(counts[::-1], threshold), _upper_bound(counts, threshold)
-        return BudgetTest(budget, seen, float(counts[2] - counts[0]) / seen, interval, decision)
-
-    tests: list[BudgetTest] = []
-    low, high = 0, len(candidates)
-    while low < high:
-        middle = (low + high) // 2
-        tests.append(run_test(candidates[middle]))
-        low, high = (low, middle) if tests[-1].decision == "within" else (middle + 1, high)
-    return [*candidates, 1.0][high], tests
+    if risk == "tolerance" and labels is None:
+        raise ValueError("labels must be given for a tolerance, got None.")
+    first_looks = calibration.first_looks(labels if risk == "tolerance" else None)
+    tested = find_looks(first_looks, risk, level, confidence)
+    rows = len(first_looks[0].losses)
+    kept = [test for test in tested if test.threshold is not None and test.work < 1.0]
+    alone = TestedLooks(1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+    best = min(
+        kept,
+        key=lambda test: (test.risk, test.work) if risk == "mean_budget" else (test.work, test.risk),
+        default=alone,
+    )
+    thresholds = [best.threshold] if best.threshold else []
+    looks = [best.budget, 1.0] if thresholds else [best.budget]
+    settings = {"risk": risk, "level": level, "confidence": confidence, "rows": rows}
+    promise = {**settings, "looks": looks, "thresholds": thresholds, "bound": round(best.bound, 6)}
+    promise |= {"lost": round(best.risk, 6), "doubted": round(best.doubted * rows)}
+    return Tuning(looks, thresholds or None, promise, tested, settings)
 
 
-def candidate_budgets(config: Any) -> list[float]:
-    """What `tune_budget` looks among: thirds of the narrow budget, and means to spend above it."""
-    narrow = [config.narrow_budget * share for share in (1 / 3, 2 / 3, 1.0)]
-    return narrow + [budget for budget in _MEAN_BUDGETS if budget > config.narrow_budget]
+def apply_tuning(config: Any, tuning: Tuning, calibration: Calibration) -> None:
+    """Makes what was found the looks of a plain call: sets `looks`, `confidence`, `promise` and `margins`."""
+    config.confidence, config.looks = None, tuning.looks
+    config.confidence, config.promise = tuning.confidence, tuning.promise
+    config.margins = calibration.margins(min(tuning.looks[0], max(calibration.budgets)))
 
 
-def set_budget(config: Any, order: Any, budget: float) -> None:
-    """Makes a budget what a plain call spends: sets `config.looks` and `config.confidence`.
-
-    Args:
-        config: A `BudgetFormerConfig`; changed.
-        order: The model's opening order, `model.narrow.order`.
-        budget: As in a call.
-    """
-    plan = plan_budget(config, order, budget)
-    looks = [budget] if len(plan.looks) == 1 else [config.margins["budget"], 1.0]
-    config.confidence, config.looks = None, looks
-    config.confidence = list(plan.thresholds) or None
-
-
-def tune_budget(
+def tune(
     model: nn.Module,
     dataset: "Dataset",
     tokenizer: PreTrainedTokenizerBase,
-    budgets: Iterable[float] | None = None,
-    tolerance: float = 0.005,
+    disagreement: float | None = None,
+    tolerance: float | None = None,
+    mean_budget: float | None = None,
     confidence: float = 0.95,
+    budgets: Iterable[float] | None = None,
     batch_size: int = 32,
-    seed: int = 0,
     max_length: int | None = None,
-    futility: bool = True,
-    write: bool = False,
-) -> TunedBudget:
-    """Finds the smallest budget that keeps accuracy within `tolerance` of the full model, with `confidence`.
+    write: bool = True,
+) -> Tuning:
+    """Finds the cheapest looks that keep a promise on inputs like these, and makes them those of a plain call.
 
-    The method, and what it promises where accuracy does not rise with the budget, is that of `race`. Margins of the
-    first look that are not stored yet are calibrated on the rows, see `calibrate_margins`.
+    One of three promises, `disagreement=0.01` if none is named. The method is that of `find_looks`; among the first
+    looks that keep the promise the one that costs least work is chosen, second looks counted. The time that the looks
+    took on the rows is shown beside.
 
     ```python
-    print(tune_budget(model, data["validation"], tokenizer, write=True))
+    print(tune(model, data["validation"], tokenizer, disagreement=0.01))
     model.save_pretrained("my-tuned-budgetformer")
     ```
 
     Args:
-        model: A BudgetFormer classifier that looks twice, one label for each input; weights and mode stay as they are.
-        dataset: Rows that the model was not trained on, as in `tools.tables.label_ids`: tokenized, or texts in the
-            columns `text` and, for pairs, `text_pair`.
+        model: A BudgetFormer classifier that looks twice; weights and mode stay as they are.
+        dataset: Rows that the model was not trained on: tokenized, or texts in the columns `text` and, for pairs,
+            `text_pair`. Labels, as in `tools.tables.label_ids`, are needed for a tolerance only.
         tokenizer: Of the model.
-        budgets: Candidates in (0, 1]; the fewer, the fewer rows it takes. None: see `candidate_budgets`.
-        tolerance: Accuracy that may be lost, as a fraction: 0.005 is half a point.
+        disagreement: Share of the inputs, in (0, 1), on which answers may differ from the full model's.
+        tolerance: Accuracy that may be lost, as a fraction: 0.005 is half a point. One label for each input.
+        mean_budget: Mean share of the full model's work that may be spent; answers differ as little as it allows.
         confidence: In (0, 1).
-        batch_size: Rows the model reads at a time, >= 1; sorted by length within eight batches.
-        seed: Of the order in which rows are looked at.
+        budgets: First looks to choose from, each at most `config.narrow_budget`. None: see `look_budgets`.
+        batch_size: Rows the model reads at a time, >= 1; sorted by length within 64 batches.
         max_length: Tokens kept of a text; only for rows that are not tokenized yet. None: all the tokenizer allows.
-        futility: As in `race`.
-        write: Whether plain calls spend the answer from now on, see `set_budget`.
+        write: Whether `config.looks`, `confidence`, `promise` and `margins` are set.
 
     Raises:
-        ValueError: An argument is not allowed, or the rows are too few to show the tolerance at all.
+        ValueError: An argument is not allowed, or rows are too few to show the level at all; says how many it takes.
     """
-    ours: Any = model
-    check_classifier(model)
-    if ours.narrow is None or not ours.config.full_encoder:
-        raise ValueError("model must have a narrow encoder beside a full one (router='look', not cut).")
-    labels = label_ids(dataset, ours.config)
+    ours = _check_looks_twice(model)
+    asked = {"disagreement": disagreement, "tolerance": tolerance, "mean_budget": mean_budget}
+    named = {name: level for name, level in asked.items() if level is not None} or {"disagreement": 0.01}
+    if len(named) > 1:
+        raise ValueError(f"one of disagreement, tolerance and mean_budget must be given, got {named}.")
+    [(risk, level)] = named.items()
     check_batch_size(batch_size)
-    budgets = candidate_budgets(ours.config) if budgets is None else list(budgets)
-    settings = {"tolerance": tolerance, "confidence": confidence, "budgets": budgets, "rows": len(dataset)}
-    settings |= {"batch_size": batch_size, "seed": seed, "max_length": max_length, "futility": futility}
-    plain, chunk = dataset.with_format(None), 8 * batch_size
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    log: dict[float, list[np.ndarray]] = defaultdict(list)  # by budget: (2, B), spent and whether right
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or not {"input_ids", "text"} & set(columns) or not len(dataset):
+        raise ValueError(
+            "dataset must be a datasets.Dataset of at least one row, with a column 'input_ids' or 'text', got "
+            f"{type(dataset).__name__} with {columns}."
+        )
+    labels = label_ids(dataset, ours.config) if risk == "tolerance" else None
+    candidates = _check_first_looks(look_budgets(ours.config) if budgets is None else budgets, ours.config)
+    works = [ours.narrow.order.look(budget).cost for budget in candidates]
+    _check_promise(risk, level, confidence, len(dataset), works)  # before the model is asked, which takes long
+    plain, order = dataset.with_format(None), []
 
-    def batches(rows: Iterable[int]) -> list[tuple[Any, np.ndarray]]:
-        chosen = order[list(rows)]
-        found = batches_by_length(plain[chosen.tolist()], tokenizer, batch_size, max_length)
-        return [(batch.to(ours.device), labels[chosen[places]]) for places, batch in found]
+    def batches() -> Iterable[Any]:
+        step = WINDOW * batch_size
+        with logging.tqdm(total=len(dataset), desc="Tuning", leave=False, disable=None) as bar:
+            for start in range(0, len(dataset), step):
+                for places, batch in batches_by_length(plain[start : start + step], tokenizer, batch_size, max_length):
+                    order.append(start + places)
+                    yield batch
+                    bar.update(len(places))
 
-    def answer(batch: Any, expected: np.ndarray, budget: float) -> np.ndarray:
-        out = ours(**batch, budget=budget)
-        right = out.logits.argmax(-1).cpu().numpy() == expected
-        log[budget].append(np.stack([out.budget.float().cpu().numpy(), right]))
-        bar.update(len(right))
-        return right.astype(int)
+    calibration = Calibration(model, batches(), candidates)
+    if labels is not None:
+        labels = labels[np.concatenate(order)]
+    found = choose_looks(calibration, risk, level, confidence, labels)
+    if write:
+        apply_tuning(ours.config, found, calibration)
+    return found
 
-    @functools.cache
-    def read(rows: range) -> list[tuple[Any, np.ndarray, np.ndarray]]:
-        return [(batch, expected, answer(batch, expected, 1.0)) for batch, expected in batches(rows)]
 
-    def losses(budget: float, rows: range) -> np.ndarray:
-        return np.concatenate([right - answer(batch, expected, budget) for batch, expected, right in read(rows)])
+def warn_of_shift(config: Any, doubted: int, rows: int) -> None:
+    """Warns where new inputs are doubted more or less often than calibration saw, which voids `config.promise`.
 
-    before, was_training = ours.config.margins, model.training
-    model.eval()
-    bar = logging.tqdm(desc="Tuning", unit=" evaluations", leave=False, disable=None)
-    try:
-        with torch.no_grad(), bar:
-            if before is None:
-                calibrate_margins(model, (batch for batch, _ in batches(range(min(len(dataset), 4 * chunk)))))
-            budget, tests = race(losses, budgets, len(dataset), tolerance, confidence, chunk, futility)
-            seen = {asked: np.concatenate(parts, axis=1) for asked, parts in log.items()}
-            if write:
-                set_budget(ours.config, ours.narrow.order, budget)
-    finally:
-        model.train(was_training)
-        if not write:
-            ours.config.margins = before
-    curve = [
-        replace(test, spent=float(seen[test.budget][0].mean())) for test in sorted(tests, key=lambda test: test.budget)
-    ]
-    return TunedBudget(
-        budget=budget,
-        accuracy=float(seen[1.0][1].mean()),
-        curve=curve,
-        evaluations=sum(x.shape[1] for x in seen.values()),
-        grid_evaluations=len({*budgets, 1.0}) * len(dataset),
-        settings=settings,
-    )
+    Fisher's exact test of two proportions, two-sided, at 1%. It sees shifts that change how sure the first look is, no
+    others.
+
+    Args:
+        config: Of the model that looked, by `config.looks`.
+        doubted: New inputs that spent more than the first look.
+        rows: All new inputs.
+    """
+    promise = kept_promise(config)
+    if promise is None or len(promise["looks"]) < 2 or not rows:
+        return
+    before, most = promise["doubted"], promise["rows"]
+    # How the doubtful could have fallen on new inputs and those of the calibration, if all were alike.
+    falls = torch.arange(max(0, before + doubted - most), min(rows, before + doubted) + 1, dtype=torch.float64)
+    cells = torch.stack([falls, rows - falls, before + doubted - falls, most - before - doubted + falls])
+    chances = (-torch.lgamma(cells + 1.0).sum(0)).softmax(0)
+    as_rare = chances <= chances[doubted - int(falls[0])] * (1.0 + 1e-7)
+    if chances[as_rare].sum() < _SHIFT_ERROR:
+        logger.warning(
+            f"{doubted / rows:.1%} of these {rows:,} inputs were doubted, but {before / most:.1%} of those that the "
+            "promise was calibrated on: they are not alike, and the promise does not hold here. Tune again on inputs "
+            "like these."
+        )
 
 
 __all__ = [
-    "BudgetTest",
-    "TunedBudget",
+    "Calibration",
+    "FirstLook",
+    "TestedLooks",
+    "Tuning",
+    "apply_tuning",
     "calibrate_margins",
-    "candidate_budgets",
+    "choose_looks",
+    "describe_promise",
+    "find_looks",
+    "kept_promise",
     "log_capital",
-    "race",
-    "set_budget",
-    "tune_budget",
+    "look_budgets",
+    "rows_needed",
+    "tune",
+    "warn_of_shift",
 ]
