@@ -191,8 +191,8 @@ def check(checkpoint: str, load_aware: bool = False) -> None:
         raise SystemExit(f"CHECKPOINT {checkpoint} must tell one of several labels, got {config.problem_type}.")
     if config.router == "look" and config.margins is None:
         raise SystemExit(
-            f"CHECKPOINT {checkpoint} must know how sure its first look is: train with an evaluation set, or call "
-            "hf_budgetformer.tools.tuning.calibrate_margins(model, batches) and save it."
+            f"CHECKPOINT {checkpoint} must know how sure its first look is: train it with an evaluation set, or run "
+            f"budgetformer tune {checkpoint} DATA."
         )
     if load_aware and (config.router != "look" or len(config.looks or (0, 1)) < 2):
         raise SystemExit(f"CHECKPOINT {checkpoint} must look twice for --load-aware, got looks {config.looks}.")

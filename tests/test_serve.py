@@ -308,7 +308,7 @@ def test_only_a_checkpoint_that_can_be_served_is(folder, texts, tmp_path, tokeni
     assert "must be a BudgetFormer with its full model, got one that was cut" in refusal("cut")
     assert "must tell one of several labels" in refusal("number")
     assert "must tell one of several labels" in refusal("several")
-    assert "calibrate_margins" in refusal("unsure")
+    assert "budgetformer tune" in refusal("unsure")
     for name in ("routed", "once"):
         serve.check(str(tmp_path / name))
         assert "must look twice for --load-aware" in refusal(name, load_aware=True)
