@@ -47,10 +47,14 @@ bench-full: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py benchmarks/experiments/*.json --data "$(DATA)" $(BENCH_ARGS)
 	$(BIN)/python benchmarks/report.py
 
-# Hours on two cores; what is there already is not made again.
+# A day on two cores; what is in the work folder already is not made again.
+WORK ?= build/accuracy
 accuracy: $(VENV)/.installed
-	@test -n "$(DATA)" || { echo 'usage: make accuracy DATA=folder [JOBS=2]'; exit 2; }
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/accuracy/run.py benchmarks/accuracy/experiments/*.json --data "$(DATA)" --jobs $(or $(JOBS),1)
+	@test -n "$(DATA)" || { echo 'usage: make accuracy DATA=folder [WORK=folder]'; exit 2; }
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/accuracy/run.py --data "$(DATA)" --work "$(WORK)" --threads 2
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/accuracy/timing.py --data "$(DATA)" --work "$(WORK)"
+	$(BIN)/python benchmarks/accuracy/figures.py --work "$(WORK)"
+	$(BIN)/python benchmarks/accuracy/routers.py --work "$(WORK)"
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/paper/run.py benchmarks/paper/ag_news.json --data "$(DATA)" --resume
 	$(BIN)/python benchmarks/report.py
 

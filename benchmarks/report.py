@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accuracy.report import plot as accuracy_plot
+from accuracy.report import tables as accuracy_tables
 from paper.report import tables as paper_tables
 
 from hf_budgetformer.tools.plots import new_figure, save_figure
@@ -22,7 +24,7 @@ agree: the full model's with the stock model's, packed ones with `executor="mask
 
 "ours b" is every input at the budget b; "looks a, all for p" is a first look at a, and the full model for the share p
 of the inputs, those with the least sure answers; "cut b" the static model that was cut to b; "sorted" batches texts by
-length. Accuracies are not measured here: the weights have not been trained.
+length. The models that are timed so have not been trained; accuracies are further below.
 """
 NOTHING = "\nThere are no measurements of speed yet: `make bench-full` makes them.\n"
 
@@ -201,6 +203,10 @@ def write_report(results_folder: Path, output: Path) -> Path:
         title = result["settings"]["title"] or name
         text += f"\n## {title}\n\n`experiments/{name}.json`: {describe(result)}"
         text += SECTIONS[result["settings"]["level"]](result)
+    accuracy = results_folder.parent / "accuracy" / "results"
+    text += accuracy_tables(accuracy)
+    if accuracy_plot(output / "accuracy.png", accuracy):
+        text += "\n![Agreement and accuracy against time](accuracy.png)\n"
     text += paper_tables(results_folder.parent / "paper" / "results")
     path = output / "README.md"
     path.write_text(text)

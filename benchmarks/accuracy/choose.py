@@ -1,0 +1,114 @@
+"""Trials of the recipe, each a change of one thing: choose.py --data FOLDER --work FOLDER --trials X --data-sets Y.
+
+Scored on the calibration rows, never on the test rows; trials/<data set>-<trial>-<seed>.json, failed ones too.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import datasets
+import numpy as np
+import torch
+from accuracy.figures import margin, softmax
+from accuracy.fits import ask
+from accuracy.otherwise import DEFAULTS, augment, train_by_recipe
+from accuracy.rows import Rows, read_rows
+from inputs import keep_quiet
+from measure import read_json
+from transformers import AutoModelForSequenceClassification
+
+
+HERE = Path(__file__).resolve().parent
+BUDGETS = {"1/4": 1 / 4, "1/6": 1 / 6, "1/12": 1 / 12}
+MEANS = (0.25, 0.33, 0.5)
+
+
+def score(narrow: np.ndarray, full: np.ndarray, labels: np.ndarray, budget: float) -> dict[str, Any]:
+    """Of one first look: alone, and where the most doubtful rows go on to the full model.
+
+    Args:
+        narrow: Logits (N, num_labels).
+        full: The full model's.
+        labels: (N,).
+        budget: Of the look.
+    """
+    expected, shares = full.argmax(-1), softmax(full)
+    divergence = (shares * (np.log(shares + 1e-12) - np.log(softmax(narrow) + 1e-12))).sum(-1)
+
+    def of(answers: np.ndarray) -> dict[str, float]:
+        return {"accuracy": float((answers == labels).mean()), "agreement": float((answers == expected).mean())}
+
+    found: dict[str, Any] = {**of(narrow.argmax(-1)), "divergence": float(divergence.mean())}
+    doubtful = np.argsort(margin(narrow), kind="stable")
+    for mean in MEANS:
+        if mean >= budget:
+            answers, on = narrow.argmax(-1).copy(), doubtful[: round((mean - budget) * len(full))]
+            answers[on] = expected[on]
+            found[f"looks {mean}"] = of(answers)
+    return found
+
+
+def taught_otherwise(full: Path, rows: Rows, logits: np.ndarray, recipe: dict[str, Any], seed: int) -> datasets.Dataset:
+    """Training rows, and others by the recipe, with the full model's answers."""
+    train = rows.train.add_column("teacher_logits", logits.tolist())
+    columns = [name for name in train.column_names if name not in ("labels", "teacher_logits")]
+    extra = []
+    if recipe["spare"]:
+        extra.append(rows.spare.take(min(len(rows.spare), recipe["spare"] * len(rows.train))))
+    if recipe["extra"]:
+        extra.append(augment(rows.train, recipe["extra"], recipe["extra_kind"], seed))
+    train = train.select_columns([*columns, "teacher_logits"])
+    teacher = AutoModelForSequenceClassification.from_pretrained(full)
+    for part in extra:
+        more = part.select_columns(columns)
+        more = more.add_column("teacher_logits", ask(teacher, more).tolist()).cast(train.features)
+        train = datasets.concatenate_datasets([train, more])
+    return train
+
+
+def main() -> None:
+    """Runs the trials that have no result yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="where run.py has left full models")
+    parser.add_argument("--trials", nargs="+", required=True, help="names in trials.json")
+    parser.add_argument("--data-sets", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    options = parser.parse_args()
+    keep_quiet()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    settings, trials = read_json(HERE / "settings.json"), read_json(HERE / "trials.json")
+    for name in options.data_sets:
+        limits = {"calibration": settings["calibration_rows"], "test": settings["test_rows"]}
+        rows = read_rows(options.data, name, {**limits, **settings["data"][name]})
+        folder = options.work / name / "full"
+        logits = np.load(folder / "logits.npz")
+        full, labels = logits["calibration"], np.array(rows.calibration["labels"])
+        for trial in options.trials:
+            for seed in options.seeds:
+                target = HERE / "trials" / f"{name}-{trial}-{seed}.json"
+                if target.exists():
+                    continue
+                recipe = {**DEFAULTS, "order": "equal", **trials[trial]}  # as it was when the trials began
+                taught = taught_otherwise(folder, rows, logits["train"], recipe, seed)
+                recipe["epochs"] *= len(rows.train) / len(taught)
+                model, seconds = train_by_recipe(folder, rows.train, taught, recipe, seed)
+                found = {"full": {"accuracy": float((full.argmax(-1) == labels).mean())}}
+                for label, budget in BUDGETS.items():
+                    found[label] = score(ask(model, rows.calibration, budget=budget), full, labels, budget)
+                about = {"data": name, "trial": trial, "seed": seed, "recipe": trials[trial], "seconds": round(seconds)}
+                target.parent.mkdir(exist_ok=True)
+                target.write_text(json.dumps({**about, **found}, indent=1) + "\n")
+                told = "; ".join(f"{x} {found[x]['agreement']:.4f}, {found[x]['divergence']:.4f}" for x in BUDGETS)
+                print(f"{name}, {trial}, seed {seed}: {seconds:.0f} s; agreement, divergence: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""Figures of what run.py left in its work folder: results/<data set>.json, and the means over all with intervals."""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import numpy as np
+from measure import environment, read_json
+
+from hf_budgetformer.tools.tuning import FirstLook, find_looks
+
+
+HERE = Path(__file__).resolve().parent
+MEANS = (0.25, 0.33, 0.5)
+FIRST_LOOKS = (1 / 4, 1 / 6, 1 / 12)
+REPLICATES = 2000
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """(N, C) -> (N, C)."""
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def margin(logits: np.ndarray) -> np.ndarray:
+    """Between the two best probabilities, (N,)."""
+    best = np.sort(softmax(logits), -1)
+    return best[:, -1] - best[:, -2]
+
+
+class Run:
+    """What one method, trained once, answers; beside the full model's answers and the labels.
+
+    Args:
+        answers: Logits by split and cost.
+        full: The full model's logits, by split.
+        labels: By split.
+    """
+
+    def __init__(
+        self, answers: dict[str, dict[float, np.ndarray]], full: dict[str, np.ndarray], labels: dict[str, np.ndarray]
+    ):
+        self.answers, self.full, self.labels = answers, full, labels
+
+    def score(self, decided: np.ndarray, cost: float) -> dict[str, Any]:
+        """Of answers to the test rows: right and same, (N,) bool, and what they cost."""
+        full = self.full["test"].argmax(-1)
+        return {"right": decided == self.labels["test"], "same": decided == full, "cost": cost}
+
+    def constant(self, budget: float) -> dict[str, Any]:
+        """Every input alike."""
+        return self.score(self.answers["test"][self.find(budget)].argmax(-1), budget)
+
+    def find(self, budget: float) -> float:
+        """The key that is meant."""
+        return min(self.answers["test"], key=lambda share: abs(share - budget))
+
+    def look(self, budget: float, threshold: float, confidence: Callable[..., np.ndarray] = margin) -> dict[str, Any]:
+        """A first look, and the full model where it is less confident than `threshold`."""
+        own = self.answers["test"][self.find(budget)]
+        doubted = confidence(own) < threshold
+        decided = np.where(doubted, self.full["test"].argmax(-1), own.argmax(-1))
+        return self.score(decided, budget + doubted.mean())
+
+    def looks(self, mean: float, candidates: tuple[float, ...] = FIRST_LOOKS) -> dict[str, Any]:
+        """The first look, and its threshold, that agree most at that mean cost on the calibration rows."""
+        best: Any = None
+        full = self.full["calibration"].argmax(-1)
+        for budget in candidates:
+            if budget > mean:
+                continue
+            own = self.answers["calibration"][self.find(budget)]
+            sure = margin(own)
+            threshold = np.quantile(sure, mean - budget) if mean > budget else 0.0
+            same = np.where(sure < threshold, full, own.argmax(-1)) == full
+            if best is None or same.mean() > best[0]:
+                best = (same.mean(), budget, threshold)
+        return {**self.look(best[1], best[2]), "first": best[1]}
+
+    def tuned(self, level: float, seconds: dict[float, float]) -> dict[str, Any]:
+        """What `tune` promises for that disagreement, and what comes of it."""
+        full = self.full["calibration"].argmax(-1)
+        found = []
+        for budget in FIRST_LOOKS:
+            own = self.answers["calibration"][self.find(budget)]
+            losses = (own.argmax(-1) != full).astype(int)
+            found.append(FirstLook(budget, budget, seconds.get(budget, budget), margin(own), losses))
+        try:
+            kept = [test for test in find_looks(found, "disagreement", level) if test.threshold is not None]
+        except ValueError:  # rows are too few
+            kept = []
+        kept = [test for test in kept if test.seconds < 1.0]
+        if not kept:
+            return {**self.score(self.full["test"].argmax(-1), 1.0), "first": 1.0}
+        best = min(kept, key=lambda test: (test.seconds, test.work))
+        return {**self.look(best.budget, best.threshold or 0.0), "first": best.budget}
+
+    def exits(self, mean: float) -> dict[str, Any]:
+        """Early exit: each input leaves at the first layer whose answer is sure enough, one threshold for all layers.
+
+        The threshold is that which spends the mean on the calibration rows.
+        """
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._leave("calibration", middle)[1] < mean else (low, middle)
+        return self.score(*self._leave("test", low))
+
+    def _leave(self, split: str, threshold: float) -> tuple[np.ndarray, float]:
+        decided = self.full[split].argmax(-1).copy()
+        cost = np.ones(len(decided))
+        for share in sorted(self.answers[split], reverse=True):
+            own = self.answers[split][share]
+            sure = margin(own) >= threshold
+            decided[sure], cost[sure] = own.argmax(-1)[sure], share
+        return decided, float(cost.mean())
+
+
+def read_runs(work: Path, settings: dict[str, Any]) -> dict[str, dict[str, dict[int, Run]]]:
+    """By data set, method and seed."""
+    found: dict[str, dict[str, dict[int, Run]]] = {}
+    for name in settings["data"]:
+        folder = work / name
+        if not (folder / "labels.npz").exists():
+            continue
+        full, labels = dict(np.load(folder / "full" / "logits.npz")), dict(np.load(folder / "labels.npz"))
+        found[name] = defaultdict(dict)
+        for method in settings["methods"]:
+            for path in sorted(folder.glob(f"{method.replace(' ', '-').replace('/', '_')}-[0-9].npz")):
+                answers: dict[str, dict[float, np.ndarray]] = {"calibration": {}, "test": {}}
+                stored = np.load(path)
+                for key in stored.files:
+                    if key != "seconds":
+                        split, share = key.split(" ")
+                        answers[split][float(share)] = stored[key]
+                run = Run(answers, full, labels)
+                run.seconds = float(stored["seconds"])
+                found[name][method][int(path.stem[-1])] = run
+    return found
+
+
+def outcomes(runs: dict[str, dict[int, Run]], seed: int, seconds: dict[float, float]) -> dict[str, dict[str, Any]]:
+    """Everything that is compared, of one data set and seed: right, same, cost of each."""
+    found: dict[str, dict[str, Any]] = {}
+    if run := runs["narrow"].get(seed):
+        full = run.full["test"].argmax(-1)
+        found["full"] = run.score(full, 1.0)
+        for budget, label in ((1 / 4, "1/4"), (1 / 6, "1/6"), (1 / 8, "1/8"), (1 / 12, "1/12")):
+            found[f"constant {label}"] = run.constant(budget)
+        for mean in MEANS:
+            found[f"looks {mean}"] = run.looks(mean)
+        for level in (0.01, 0.02):
+            found[f"tuned {level}"] = run.tuned(level, seconds)
+    for method, budget in (("static 1/2", 1 / 2), ("static 1/4", 1 / 4), ("static 1/8", 1 / 8)):
+        if run := runs[method].get(seed):
+            found[method] = run.constant(budget)
+    for method in ("random start", "truncated start"):
+        if run := runs[method].get(seed):
+            found[f"{method}, constant 1/4"] = run.constant(1 / 4)
+            found[f"{method}, looks 0.25"] = run.looks(0.25)
+    if run := runs["layers"].get(seed):
+        found["layers 1/3"] = run.constant(1 / 3)
+        found["layers 1/6"] = run.constant(1 / 6)
+    if run := runs["exits"].get(seed):
+        for mean in MEANS:
+            found[f"exits {mean}"] = run.exits(mean)
+    if run := runs["nested"].get(seed):
+        found["nested 1/4"] = run.constant(1 / 4)
+        found["nested, looks 0.25"] = run.looks(0.25)
+    if run := runs["routers"].get(seed):
+        found["routers 1/4"] = run.constant(1 / 4)
+    return found
+
+
+def interval(differences: list[np.ndarray], seed: int = 0) -> list[float]:
+    """95% interval of the mean over runs of their mean difference, by resampling each run's rows."""
+    draw = np.random.default_rng(seed)
+    sums = np.zeros(REPLICATES)
+    for difference in differences:
+        values, counts = np.unique(difference, return_counts=True)
+        sums += draw.multinomial(len(difference), counts / len(difference), REPLICATES) @ values / len(difference)
+    low, high = np.quantile(sums / len(differences), (0.025, 0.975))
+    return [round(100 * float(low), 2), round(100 * float(high), 2)]
+
+
+PAIRS = (
+    *((f"looks {mean}", "full") for mean in MEANS),
+    ("looks 0.25", "static 1/4"),
+    ("looks 0.33", "static 1/4"),
+    ("looks 0.25", "constant 1/4"),
+    ("constant 1/4", "static 1/4"),
+    ("constant 1/8", "static 1/8"),
+    ("looks 0.5", "static 1/2"),
+    ("looks 0.33", "layers 1/3"),
+    *((f"looks {mean}", f"exits {mean}") for mean in MEANS),
+    ("constant 1/4", "random start, constant 1/4"),
+    ("constant 1/4", "truncated start, constant 1/4"),
+    ("looks 0.25", "random start, looks 0.25"),
+    ("looks 0.25", "truncated start, looks 0.25"),
+    ("constant 1/4", "nested 1/4"),
+    ("looks 0.25", "nested, looks 0.25"),
+    ("looks 0.25", "routers 1/4"),
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
+    options = parser.parse_args(arguments)
+    settings = read_json(options.settings)
+    runs = read_runs(options.work, settings)
+    timing = options.work / "timing.json"
+    times = json.loads(timing.read_text()) if timing.exists() else {}
+    everything: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, methods in runs.items():
+        seconds = {float(share): value for share, value in times.get(name, {}).items()}
+        table: dict[str, Any] = {}
+        for seed in sorted({seed for found in methods.values() for seed in found}):
+            found = outcomes(methods, seed, seconds)
+            everything[name, seed] = found
+            for label, x in found.items():
+                table.setdefault(label, {})[seed] = {
+                    "accuracy": round(float(x["right"].mean()), 5),
+                    "agreement": round(float(x["same"].mean()), 5),
+                    "cost": round(float(x["cost"]), 4),
+                    **({"first": round(x["first"], 4)} if "first" in x else {}),
+                }
+        full = dict(np.load(options.work / name / "full" / "logits.npz"))
+        trained = {
+            method: {seed: round(run.seconds, 1) for seed, run in found.items()} for method, found in methods.items()
+        }
+        labels = dict(np.load(options.work / name / "labels.npz"))
+        values = {
+            "data": name,
+            "settings": settings["data"][name],
+            "rows": {split: len(x) for split, x in labels.items()},
+            "environment": environment(),
+            "seconds": {
+                "full": float(full["seconds"]),
+                "teacher": float(full["teacher_seconds"]) if "teacher_seconds" in full else None,
+                **trained,
+            },
+            "measured_time": times.get(name),
+            "results": table,
+        }
+        (options.output / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
+    summary: dict[str, Any] = {"pairs": {}, "means": {}, "promises": {}}
+    for first, second in PAIRS:
+        both = [found for found in everything.values() if first in found and second in found]
+        if not both:
+            continue
+        entry: dict[str, Any] = {
+            "runs": len(both),
+            "data_sets": len({key[0] for key, found in everything.items() if first in found and second in found}),
+        }
+        for kind, name in (("right", "accuracy"), ("same", "agreement")):
+            differences = [found[first][kind].astype(int) - found[second][kind].astype(int) for found in both]
+            entry[name] = round(100 * float(np.mean([x.mean() for x in differences])), 2)
+            entry[f"{name}_interval"] = interval(differences)
+        summary["pairs"][f"{first} - {second}"] = entry
+    labels_of = dict.fromkeys(label for found in everything.values() for label in found)
+    for label in labels_of:
+        chosen = [found[label] for found in everything.values() if label in found]
+        per = defaultdict(list)
+        for (name, _), found in everything.items():
+            if label in found:
+                per[name].append((found[label]["right"].mean(), found[label]["same"].mean(), found[label]["cost"]))
+        of_sets = np.array([np.mean(values, axis=0) for values in per.values()])
+        summary["means"][label] = {
+            "runs": len(chosen),
+            "data_sets": len(per),
+            "accuracy": round(float(of_sets[:, 0].mean()), 4),
+            "agreement": round(float(of_sets[:, 1].mean()), 4),
+            "cost": round(float(of_sets[:, 2].mean()), 4),
+        }
+    for level in (0.01, 0.02):
+        chosen = [found[f"tuned {level}"] for found in everything.values() if f"tuned {level}" in found]
+        if chosen:
+            summary["promises"][str(level)] = {
+                "runs": len(chosen),
+                "kept": sum(bool((~x["same"]).mean() <= level) for x in chosen),
+                "mean_cost": round(float(np.mean([x["cost"] for x in chosen])), 4),
+                "disagreement": round(float(np.mean([(~x["same"]).mean() for x in chosen])), 5),
+            }
+    (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for pair, entry in summary["pairs"].items():
+        print(f"{pair:45s} {entry}")
+    for label, entry in summary["means"].items():
+        print(f"{label:35s} {entry}")
+    print(summary["promises"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Narrow encoders made otherwise than by the recipe: to choose it, and as baselines, with the same steps, teacher."""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accuracy.fits import fit
+from datasets import Dataset
+from inputs import load_tokenizer
+from torch.nn import functional as F
+from transformers import Trainer
+
+from hf_budgetformer import BudgetFormerForSequenceClassification
+from hf_budgetformer.losses import teacher_divergence
+from hf_budgetformer.narrow import Importance
+from hf_budgetformer.tools.narrowing import unit_importance
+
+
+DEFAULTS: dict[str, Any] = {
+    "epochs": 3,
+    "learning_rate": 1e-4,
+    "shares": [1 / 3, 2 / 3, 1],
+    "weights": None,
+    "importance": "gradient",
+    "order": "default",
+    "hidden": None,
+    "hidden_weight": 1.0,
+    "fold": False,
+    "extra": 0,
+    "extra_kind": "mix",
+    "spare": False,
+    "temperature": 1.0,
+    "batch_size": 32,
+    "narrow_budget": 0.25,
+    "loss": "kl",
+}
+
+
+def batches(rows: Dataset, size: int = 32) -> Iterator[dict[str, torch.Tensor]]:
+    """Padded batches as rows come, with labels where there are any."""
+    for start in range(0, len(rows), size):
+        found = rows[start : start + size]
+        labels = {"labels": torch.tensor(found["labels"])} if "labels" in found else {}
+        found = {k: v for k, v in found.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+        yield {**load_tokenizer().pad(found, return_tensors="pt"), **labels}
+
+
+def opening_order(kind: str, config: Any, importance: list[Importance] | None = None) -> list[int] | None:
+    """Sublayers' numbers in the order in which their units open, one for each unit.
+
+    Args:
+        kind: "default", the model's own; "equal"; "heads3" or "neurons2", times the share; "late" and "early", wider
+            there; "layers", whole ones;
+            "skip:4.5", sublayers closed until the others are full; "global", by importance for a FLOP.
+        config: Of the model.
+        importance: For "global".
+    """
+    if kind == "default":
+        return None
+    layers, units = config.num_hidden_layers, config.num_attention_heads  # as many blocks of neurons as heads
+    if kind == "layers":
+        spread = [layer for start in range(3) for layer in range(start, layers, 3)]
+        return [2 * layer + part for layer in spread for part in [0] * units + [1] * units]
+    steps: list[tuple[float, int]] = []
+    for sublayer in range(2 * layers):
+        depth = sublayer // 2 / max(1, layers - 1)
+        for unit in range(units):
+            share = (unit + 1) / units
+            if kind.startswith("heads") and sublayer % 2 == 0:
+                share /= float(kind.removeprefix("heads"))
+            elif kind.startswith("neurons") and sublayer % 2:
+                share /= float(kind.removeprefix("neurons"))
+            elif kind == "late":
+                share /= 1.0 + depth
+            elif kind == "early":
+                share /= 2.0 - depth
+            elif kind.startswith("skip:") and str(sublayer) in kind.removeprefix("skip:").split("."):
+                share += 10.0
+            elif kind == "global" and unit and importance is not None:  # the first of each sublayer opens anyhow
+                found = importance[sublayer // 2][sublayer % 2].sort(descending=True).values
+                share = 1e6 - float(found.unflatten(0, (units, -1)).sum(-1)[unit]) / (1.0 if sublayer % 2 else 0.58)
+            steps.append((round(share, 9), sublayer))
+    return [sublayer for _, sublayer in sorted(steps)]
+
+
+@torch.no_grad()
+def fold_means(model: Any, rows: Dataset, importance: list[Importance]) -> None:
+    """Adds the mean output of units left out to the biases of the narrow encoder."""
+    base, narrow = model.base_model, model.narrow
+    sums: dict[int, torch.Tensor] = {}
+    count = 0
+    hooks = []
+
+    def keep(index: int) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            sums[index] = sums.get(index, 0) + args[0].flatten(0, -2).sum(0)
+
+        return hook
+
+    for n, layer in enumerate(base.encoder.layer):
+        hooks.append(layer.attention.output.dense.register_forward_pre_hook(keep(2 * n)))
+        hooks.append(layer.output.dense.register_forward_pre_hook(keep(2 * n + 1)))
+    model.eval()
+    for batch in batches(rows.take(512)):
+        batch.pop("labels")
+        model(**batch, budget=1.0)
+        count += int(batch["attention_mask"].sum())
+    for hook in hooks:
+        hook.remove()
+    for n, (own, full) in enumerate(zip(narrow.layer, base.encoder.layer, strict=True)):
+        heads = importance[n].heads.argsort(descending=True, stable=True)[own.heads :]
+        rest = (heads[:, None] * own.size + torch.arange(own.size)).flatten()
+        own.attention_output.bias += full.attention.output.dense.weight[:, rest] @ (sums[2 * n][rest] / count)
+        rest = importance[n].neurons.argsort(descending=True, stable=True)[own.neurons :]
+        own.down.bias += full.output.dense.weight[:, rest] @ (sums[2 * n + 1][rest] / count)
+
+
+@torch.no_grad()
+def states(model: Any, rows: Dataset, kind: str) -> np.ndarray:
+    """First token's hidden states of the full model: (N, K, D)."""
+    found = [None] * len(rows)
+    order = np.argsort([len(x) for x in rows["input_ids"]], kind="stable")
+    model.eval()
+    for start in range(0, len(order), 32):
+        places = order[start : start + 32].tolist()
+        [batch] = batches(rows.select(places))
+        out = model.base_model(**batch, output_hidden_states=True)
+        if kind == "pooled":
+            got = out.pooler_output[:, None]
+        else:
+            got = torch.stack([h[:, 0] for h in out.hidden_states[1:]], 1)
+            got = got[:, -1:] if kind == "cls" else got
+        for place, x in zip(places, got, strict=True):
+            found[place] = x.numpy()
+    return np.stack(found)
+
+
+def augment(rows: Dataset, times: int, kind: str, seed: int) -> Dataset:
+    """Training rows with words masked, or halves of two mixed; without labels."""
+    draw = random.Random(seed)
+    ids = rows["input_ids"]
+    types = rows["token_type_ids"] if "token_type_ids" in rows.column_names else [[0] * len(x) for x in ids]
+    new_ids, new_types = [], []
+    mask = load_tokenizer().mask_token_id
+    for _ in range(times):
+        for own, own_types in zip(ids, types, strict=True):
+            if kind == "mask":
+                changed = [mask if draw.random() < 0.15 and x not in (101, 102) else x for x in own]
+                new_ids.append(changed)
+                new_types.append(own_types)
+            elif kind == "swap":  # a span of another row's words in place of own words
+                other = ids[draw.randrange(len(ids))]
+                changed = list(own)
+                inner = [n for n, x in enumerate(own) if x not in (101, 102)]
+                words = [x for x in other if x not in (101, 102)]
+                span = max(1, int(len(inner) * draw.uniform(0.15, 0.5)))
+                if inner and words:
+                    at = draw.randrange(max(1, len(inner) - span + 1))
+                    start = draw.randrange(max(1, len(words) - span + 1))
+                    for n, x in zip(inner[at : at + span], words[start : start + span], strict=False):
+                        changed[n] = x
+                new_ids.append(changed)
+                new_types.append(own_types)
+            elif kind == "drop":
+                keep = [n for n, x in enumerate(own) if x in (101, 102) or draw.random() > 0.2]
+                new_ids.append([own[n] for n in keep])
+                new_types.append([own_types[n] for n in keep])
+            else:
+                raise ValueError(kind)
+    return Dataset.from_dict(
+        {"input_ids": new_ids, "token_type_ids": new_types, "attention_mask": [[1] * len(x) for x in new_ids]}
+    )
+
+
+class NarrowTrainer(Trainer):
+    """Trains the narrow encoder of a BudgetFormer by its class's `recipe`."""
+
+    recipe: dict[str, Any]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Divergence from the teacher at one drawn budget, and by the recipe of hidden states."""
+        recipe = self.recipe
+        inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        target, hidden_target = inputs.pop("teacher_logits"), inputs.pop("teacher_states", None)
+        narrow = model.narrow
+        embedded = model.base_model.embed(
+            inputs["input_ids"], inputs["attention_mask"], inputs.get("token_type_ids"), None, None, None, None, {}
+        )
+        share = recipe["draw"].choices(recipe["shares"], recipe["weights"])[0]
+        look = narrow.order.look(share * narrow.widest.cost)
+        hidden, own = embedded.hidden, []
+        for layer, heads, neurons in zip(narrow.layer, look.counts.heads, look.counts.neurons, strict=True):
+            hidden = layer(hidden, embedded.batch.layout, heads, neurons, False)
+            own.append(hidden)
+        first = embedded.batch.first(hidden)
+        answer = narrow.answer(first)
+        t = recipe["temperature"]
+        if recipe["loss"] == "mse":
+            loss = (answer - target).square().mean()
+        else:
+            loss = t * t * teacher_divergence(answer / t, target / t, "single_label_classification").mean()
+        if recipe["hidden"] == "tokens":
+            with torch.no_grad():
+                full, targets = embedded.hidden, []
+                for layer in model.base_model.encoder.layer:
+                    full = layer(full, attention_mask=None, sequences=embedded.batch.sequences)
+                    targets.append(full)
+            pairs = list(zip(own, targets, strict=True)) if recipe.get("all_layers") else [(own[-1], targets[-1])]
+            loss = loss + recipe["hidden_weight"] * sum(F.mse_loss(a, b) / b.var() for a, b in pairs) / len(pairs)
+        elif recipe["hidden"] is not None:
+            if recipe["hidden"] == "pooled":
+                got = narrow.pool(first)[:, None]
+            elif recipe["hidden"] == "cls":
+                got = first[:, None]
+            else:
+                got = torch.stack([embedded.batch.first(x) for x in own], 1)
+            loss = loss + recipe["hidden_weight"] * F.mse_loss(got, hidden_target) / hidden_target.var()
+        narrow.count_step(answer)
+        return (loss, {}) if return_outputs else loss
+
+
+def train_by_recipe(full: Path, rows: Dataset, taught: Dataset, recipe: dict[str, Any], seed: int) -> tuple[Any, float]:
+    """A model whose narrow encoder was trained by `recipe`, and the seconds it took.
+
+    Args:
+        full: Folder of the full model, which stays as it is.
+        rows: Labelled, for importance.
+        taught: With `teacher_logits`, to train on.
+        recipe: What differs from `DEFAULTS`.
+        seed: Of order, starts and draws.
+    """
+    recipe = {**DEFAULTS, **recipe}
+    fields = {"freeze_full": True, "narrow_budget": recipe["narrow_budget"]}
+    some = rows.select(np.linspace(0, len(rows) - 1, 256).astype(int).tolist())
+    probe: Any = BudgetFormerForSequenceClassification.from_pretrained(full, **fields)
+    kind, importance = recipe["importance"], None
+    if kind == "gradient":
+        importance = unit_importance(probe, batches(some))
+    elif kind == "fisher":
+        importance = fisher_importance(probe, some)
+    elif kind == "activation":
+        importance = activation_importance(probe, some)
+    elif kind == "first":  # whatever comes first
+        heads, neurons = probe.config.num_attention_heads, probe.config.intermediate_size
+        first = Importance(-torch.arange(heads).float(), -torch.arange(neurons).float())
+        importance = [first] * probe.config.num_hidden_layers
+    order = opening_order(recipe["order"], probe.config, importance)
+    model: Any = BudgetFormerForSequenceClassification.from_pretrained(full, opening_order=order, **fields)
+    if kind != "weights":
+        model.init_narrow(importance)
+    if kind == "random":
+        _start_anew(model.narrow, seed)
+    if recipe["fold"]:
+        fold_means(model, some, importance)
+    columns = ("input_ids", "token_type_ids", "attention_mask", "teacher_logits")
+    taught = taught.select_columns([name for name in taught.column_names if name in columns])
+    start = time.perf_counter()
+    if recipe["hidden"] in ("cls", "pooled", "layers"):
+        taught = taught.add_column("teacher_states", states(model, taught, recipe["hidden"]).tolist())
+    asked = time.perf_counter() - start
+    NarrowTrainer.recipe = {**recipe, "draw": random.Random(seed)}
+    rate, size = recipe["learning_rate"], recipe["batch_size"]
+    seconds = fit(model, taught, recipe["epochs"], rate, seed, size, NarrowTrainer, remove_unused_columns=False)
+    return model, seconds + asked
+
+
+def _start_anew(narrow: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    for module in narrow.layer.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.02)
+            torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.reset_parameters()
+
+
+def fisher_importance(model: Any, rows: Dataset) -> list[Importance]:
+    """Mean square of the gates' gradients, row by row."""
+    found = None
+    for batch in batches(rows, 1):
+        one = unit_importance(model, [batch])
+        squares = [Importance(x.heads.square(), x.neurons.square()) for x in one]
+        found = (
+            squares
+            if found is None
+            else [Importance(a.heads + b.heads, a.neurons + b.neurons) for a, b in zip(found, squares, strict=True)]
+        )
+    return found
+
+
+@torch.no_grad()
+def activation_importance(model: Any, rows: Dataset) -> list[Importance]:
+    """Mean square of what each unit adds to the hidden states."""
+    sums: dict[tuple[int, int], torch.Tensor] = {}
+    hooks = []
+
+    def keep(key: tuple[int, int], dense: Any, units: int) -> Any:
+        def add(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            hidden = args[0].flatten(0, -2).unflatten(-1, (units, -1))  # (T, units, size)
+            weight = dense.weight.unflatten(1, (units, -1))  # (D, units, size)
+            if hidden.shape[-1] == 1:
+                found = hidden.square().sum((0, 2)) * weight.square().sum((0, 2))
+            else:
+                found = torch.einsum("tus,dus->tud", hidden, weight).square().sum((0, 2))
+            sums[key] = sums.get(key, torch.zeros(())) + found
+
+        return add
+
+    for number, layer in enumerate(model.base_model.encoder.layer):
+        for part, dense in enumerate((layer.attention.output.dense, layer.output.dense)):
+            units = dense.in_features if part else model.config.num_attention_heads
+            hooks.append(dense.register_forward_pre_hook(keep((number, part), dense, units)))
+    model.eval()
+    for batch in batches(rows):
+        batch.pop("labels")
+        model(**batch, budget=1.0)
+    for hook in hooks:
+        hook.remove()
+    return [Importance(sums[n, 0], sums[n, 1]) for n in range(model.config.num_hidden_layers)]

@@ -1,0 +1,188 @@
+"""Tables and the plot of the accuracy results, from JSON and from nothing else."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_budgetformer.tools.plots import new_figure, save_figure
+
+
+HERE = Path(__file__).resolve().parent
+# What the issue asked for: of a pair or a method, the least that will do.
+TARGETS: tuple[tuple[str, str, float], ...] = (
+    ("looks 0.25 - full", "accuracy", -0.5),
+    ("looks 0.33 - full", "accuracy", -0.2),
+    ("looks 0.5 - full", "accuracy", 0.0),
+    ("looks 0.25 - full", "agreement", -3.5),
+    ("looks 0.33 - full", "agreement", -2.0),
+    ("looks 0.5 - full", "agreement", -0.7),
+    ("looks 0.25 - static 1/4", "accuracy", 0.3),
+    ("looks 0.25 - static 1/4", "agreement", 2.0),
+    ("looks 0.33 - static 1/4", "accuracy", 0.4),
+    ("looks 0.33 - static 1/4", "agreement", 3.0),
+    ("looks 0.25 - constant 1/4", "accuracy", 0.5),
+    ("looks 0.25 - constant 1/4", "agreement", 2.5),
+    ("constant 1/4 - static 1/4", "accuracy", -0.2),
+    ("constant 1/8 - static 1/8", "accuracy", -0.3),
+    ("looks 0.25 - exits 0.25", "agreement", 1.5),
+    ("looks 0.33 - exits 0.33", "agreement", 1.5),
+    ("looks 0.5 - exits 0.5", "agreement", 1.5),
+)
+SERIES = {
+    "looks": (["looks 0.25", "looks 0.33", "looks 0.5"], "o-", "#0072B2"),
+    "every input alike": (["constant 1/12", "constant 1/8", "constant 1/6", "constant 1/4"], "s--", "#E69F00"),
+    "static pruning, trained for each": (["static 1/8", "static 1/4", "static 1/2"], "^:", "#D55E00"),
+    "early exit": (["exits 0.25", "exits 0.33", "exits 0.5"], "v:", "#CC79A7"),
+    "fewer layers": (["layers 1/6", "layers 1/3"], "D:", "#999999"),
+}
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By data set; and the summary."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    summary = found.pop("summary", {})
+    found.pop("routers", None)
+    for result in found.values():
+        result["means"] = {}
+        for label, seeds in result["results"].items():
+            figures = ("accuracy", "agreement", "cost")
+            result["means"][label] = {x: float(np.mean([run[x] for run in seeds.values()])) for x in figures}
+    return found, summary
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def tables(folder: Path = HERE / "results") -> str:
+    """Markdown; empty where there are no results."""
+    results, summary = read_results(folder)
+    if not summary:
+        return ""
+    text = "\n## Accuracy and agreement\n\n"
+    text += (
+        "`accuracy/results/`: MiniLM, fine-tuned on each data set once; what stands beside it is trained once for each "
+        "seed. Accuracy / agreement with the full model, on rows that nothing was chosen on, means over seeds, in %. "
+        "Looks have the mean cost that they are named after, thresholds from calibration rows.\n\n"
+    )
+    columns = (
+        "full",
+        "looks 0.25",
+        "looks 0.33",
+        "looks 0.5",
+        "constant 1/4",
+        "constant 1/12",
+        "static 1/4",
+        "exits 0.33",
+    )
+    rows = []
+    for name, result in results.items():
+        cells = [f"{name} ({len(result['results'].get('constant 1/4', {}))})"]
+        for label in columns:
+            x = result["means"].get(label)
+            cells.append("-" if x is None else f"{100 * x['accuracy']:.1f} / {100 * x['agreement']:.1f}")
+        rows.append(cells)
+    text += table(["data set (seeds)", *columns], rows)
+    text += "\nDifferences in points, means over runs, with the 95% interval of a paired bootstrap over rows\n\n"
+    rows = []
+    for pair, x in summary["pairs"].items():
+        cells = [pair.replace(" - ", " against "), f"{x['data_sets']}, {x['runs']}"]
+        for figure in ("accuracy", "agreement"):
+            low, high = x[f"{figure}_interval"]
+            cells.append(f"{x[figure]:+.2f} [{low:+.2f}, {high:+.2f}]")
+        rows.append(cells)
+    text += table(["", "data sets, runs", "accuracy", "agreement"], rows)
+    rows = []
+    for pair, figure, least in TARGETS:
+        if pair in summary["pairs"]:
+            value = summary["pairs"][pair][figure]
+            met = "yes" if value >= least else "no"
+            rows.append([pair.replace(" - ", " against "), figure, f"{value:+.2f}", f">= {least:+.1f}", met])
+    text += "\nTargets, in points\n\n" + table(["", "", "measured", "target", "met"], rows)
+    rows = []
+    for level, x in summary["promises"].items():
+        rows.append(
+            [f"{float(level):.0%}", str(x["runs"]), str(x["kept"]), f"{x['mean_cost']:.2f}", f"{x['disagreement']:.2%}"]
+        )
+    text += "\nTuned for a disagreement, on the calibration rows, and tried on the test rows\n\n"
+    text += table(["promised", "runs", "kept", "mean cost", "mean disagreement"], rows)
+    return text + trials_table(folder.parent / "trials")
+
+
+def trials_table(folder: Path) -> str:
+    """Each trial of the recipe beside the plainest one on the same data sets and seeds."""
+    trials: dict[str, dict[tuple[str, int], Any]] = defaultdict(dict)
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        trials[found["trial"]][found["data"], found["seed"]] = found
+    rows = []
+    for name, runs in sorted(trials.items()):
+        recipe = (
+            ", ".join(f"{key} {value}" for key, value in next(iter(runs.values()))["recipe"].items()) or "as it began"
+        )
+        cells = [name, recipe, ", ".join(sorted({f"{data} {seed}" for data, seed in runs}))]
+        for budget in ("1/4", "1/6", "1/12"):
+            agreement = np.mean([100 * run[budget]["agreement"] for run in runs.values()])
+            divergence = np.mean([run[budget]["divergence"] for run in runs.values()])
+            cells.append(f"{agreement:.1f}, {divergence:.3f}")
+        best = [
+            max(run[x].get("looks 0.25", run[x])["agreement"] for x in ("1/4", "1/6", "1/12")) for run in runs.values()
+        ]
+        rows.append([*cells, f"{100 * np.mean(best):.1f}"])
+    if not rows:
+        return ""
+    head = ["trial", "what it changes", "data set, seed", "1/4", "1/6", "1/12", "looks at .25"]
+    return (
+        "\n### Trials of the recipe\n\nOn calibration rows: agreement with the full model in % and divergence from it "
+        "in nats, of each budget alone, and agreement of looks at a mean of a quarter. Compare trials on the same data "
+        "sets only.\n\n" + table(head, rows)
+    )
+
+
+def plot(path: Path, folder: Path = HERE / "results") -> bool:
+    """Agreement and accuracy beside the full model, against time; whether there is anything to show."""
+    results, summary = read_results(folder)
+    if not summary:
+        return False
+    figure, axes = new_figure(2, width=10.0, height=4.2)
+    for label, (points, style, colour) in SERIES.items():
+        # Data sets that have every point, so that a line joins like with like.
+        chosen = [x for x in results.values() if all(point in x["results"] for point in points)]
+        if not chosen:
+            continue
+        times, agreements, accuracies = [], [], []
+        for point in points:
+            times.append(np.mean([time_of(x, point) for x in chosen]))
+            agreements.append(100 * np.mean([x["means"][point]["agreement"] for x in chosen]))
+            lost = [x["means"][point]["accuracy"] - x["means"]["full"]["accuracy"] for x in chosen]
+            accuracies.append(100 * np.mean(lost))
+        for axis, values in zip(axes, (agreements, accuracies), strict=True):
+            axis.plot(times, values, style, color=colour, label=label)
+    axes[0].set(title="Same answer as the full model", ylabel="% of the inputs", xlabel="time / full model's")
+    axes[1].set(title="Accuracy", ylabel="points beside the full model", xlabel="time / full model's")
+    for axis, level in zip(axes, (100.0, 0.0), strict=True):
+        axis.axhline(level, color="black", linewidth=0.8)
+        axis.set_xlim(0.0, None)
+    axes[0].legend(loc="lower right", fontsize=8)
+    save_figure(figure, path)
+    return True
+
+
+def time_of(result: dict[str, Any], point: str) -> float:
+    """Of one input, as a share of the full model's time, packed; cost where it was not measured."""
+    measured = result.get("measured_time") or {}
+    cost: float = result["means"][point]["cost"]
+    kind, _, amount = point.partition(" ")
+    if kind == "constant" or kind == "static":
+        top, _, bottom = amount.partition("/")
+        return float(measured.get(f"constant {float(top) / float(bottom):.4f}", cost))
+    if kind == "looks":
+        costs = [x["cost"] for x in result["results"][point].values()]
+        firsts = [x["first"] for x in result["results"][point].values()]
+        alone = [measured.get(f"constant {first:.4f}", first) for first in firsts]
+        return float(np.mean([own + cost - first for own, cost, first in zip(alone, costs, firsts, strict=True)]))
+    return cost

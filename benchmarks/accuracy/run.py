@@ -1,0 +1,120 @@
+"""What accuracy and agreement cost: trains and scores every method on every data set.
+
+    python benchmarks/accuracy/run.py --data FOLDER --work FOLDER
+
+What is in the work folder already is not made again. Then `figures.py` makes results of it.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import datasets
+import numpy as np
+import torch
+from accuracy.fits import ask, fit
+from accuracy.methods import METHODS, Task
+from accuracy.rows import Rows, read_rows
+from inputs import keep_quiet, load_tokenizer, minilm
+from measure import read_json
+from transformers import AutoModelForSequenceClassification
+
+from hf_budgetformer.tools.recipe import taught_rows
+
+
+HERE = Path(__file__).resolve().parent
+SPLITS = ("train", "calibration", "test")
+
+
+def full_model(rows: Rows, settings: dict[str, Any], own: dict[str, Any], folder: Path) -> None:
+    """Fine-tunes MiniLM, the full model, and keeps it with its logits."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(settings.get("model", minilm()), num_labels=rows.labels)
+    seconds = fit(
+        model,
+        rows.train,
+        own["epochs"],
+        own.get("learning_rate", settings["full_learning_rate"]),
+        0,
+        settings["batch_size"],
+    )
+    model.save_pretrained(folder)
+    start = time.perf_counter()
+    logits = {"train": ask(model, rows.train)}
+    teacher_seconds = time.perf_counter() - start
+    logits |= {split: ask(model, getattr(rows, split)) for split in SPLITS[1:]}
+    np.savez(folder / "logits.npz", seconds=seconds, teacher_seconds=teacher_seconds, **logits)
+
+
+def taught(rows: Rows, full: Path, seed: int, recipe: dict[str, Any]) -> Any:
+    """Rows to train on, mixed ones too, with the full model's answers; made once for all methods."""
+    folder = full.parent / f"taught-{seed}"
+    if not folder.exists():
+        start = time.perf_counter()
+        found = taught_rows(rows.train, str(full), load_tokenizer(), mixed=recipe["mixed"], seed=seed)
+        found.save_to_disk(folder)
+        print(f"{full.parent.name}: asked about {len(found)} rows in {time.perf_counter() - start:.0f} s", flush=True)
+    return datasets.load_from_disk(str(folder))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs what is missing, cheap data sets first."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
+    parser.add_argument("--data", type=Path, required=True, help="folder of <name>/{train,validation,test}.parquet")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and logits")
+    parser.add_argument("--data-sets", nargs="*", help="some of the settings' only")
+    parser.add_argument("--methods", nargs="*", help="some of the settings' only; none for the full models alone")
+    parser.add_argument("--seeds", nargs="*", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    keep_quiet()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(options.threads)
+    settings = read_json(options.settings)
+    methods = (
+        settings["methods"]
+        if options.methods is None
+        else {name: settings["methods"][name] for name in options.methods}
+    )
+    for name in options.data_sets or settings["data"]:
+        own = settings["data"][name]
+        split = {"calibration": settings["calibration_rows"], "test": settings["test_rows"], **own}
+        rows, folder = read_rows(options.data, name, split), options.work / name
+        full = folder / "full"
+        if not (full / "logits.npz").exists():
+            full_model(rows, settings, own, full)
+        logits = np.load(full / "logits.npz")
+        labels = np.array(rows.test["labels"])
+        print(
+            f"{name}: full {(logits['test'].argmax(-1) == labels).mean():.4f}, {float(logits['seconds']):.0f} s",
+            flush=True,
+        )
+        if not (folder / "labels.npz").exists():
+            np.savez(folder / "labels.npz", **{x: np.array(getattr(rows, x)["labels"]) for x in SPLITS[1:]})
+        recipe = settings["narrow"]
+        epochs = recipe["steps"] * own["epochs"] / (1 + recipe["mixed"])  # passes over the rows that are taught
+        for method, seeds in methods.items():
+            for seed in seeds if options.seeds is None else options.seeds:
+                target = folder / f"{method.replace(' ', '-').replace('/', '_')}-{seed}.npz"
+                if target.exists():
+                    continue
+                task = Task(full, rows, taught(rows, full, seed, recipe), epochs, recipe, seed)
+                answers, seconds = METHODS[method](task)
+                kept = {f"{part} {share:.9f}": x for part, found in answers.items() for share, x in found.items()}
+                np.savez_compressed(target, seconds=seconds, **kept)
+                told, full_answers = [], logits["test"].argmax(-1)
+                for share, x in answers["test"].items():
+                    right, same = (x.argmax(-1) == labels).mean(), (x.argmax(-1) == full_answers).mean()
+                    told.append(f"{share:.3f}: {right:.4f}, {same:.4f}")
+                print(
+                    f"{name}, {method}, seed {seed}: {seconds:.0f} s; accuracy, agreement {'; '.join(told)}", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Times of what is compared, beside the full model's: timing.json in the work folder. Nothing else may run then."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import datasets
+import numpy as np
+import torch
+from accuracy.rows import read_rows
+from inputs import keep_quiet, load_tokenizer, minilm
+from measure import environment, interleave, read_json, spread, stopwatch
+from transformers import AutoModelForSequenceClassification
+
+from hf_budgetformer import BudgetFormerForSequenceClassification
+from hf_budgetformer.tools.tuning import Calibration
+
+
+HERE = Path(__file__).resolve().parent
+CONSTANTS = (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 2)
+# First look, and share of the rows that the full model looks at.
+LOOKS = ((1 / 6, 0.0833), (1 / 12, 0.1667), (1 / 6, 0.1633), (1 / 12, 0.2467), (1 / 6, 0.3333), (1 / 4, 0.25))
+ROWS = 256
+
+
+def time_rows(rows: datasets.Dataset, repeats: int) -> dict[str, float]:
+    """Shares of the full model's time, packed, in batches of 32 as they come: medians of the rounds."""
+    columns = [x for x in rows.column_names if x in ("input_ids", "token_type_ids", "attention_mask")]
+    batches = []
+    for start in range(0, len(rows), 32):
+        chosen = rows[start : start + 32]
+        batches.append(load_tokenizer().pad({x: chosen[x] for x in columns}, return_tensors="pt"))
+    stock: Any = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2).eval()
+    ours: Any = BudgetFormerForSequenceClassification.from_pretrained(minilm(), num_labels=2, narrow_budget=0.5).eval()
+    ours.narrow.steps.fill_(1)
+    sure = Calibration(ours, batches, [1 / 12, 1 / 6, 1 / 4], full=False).confidence
+
+    def run(model: Any, looks: list[float] | None = None, threshold: float = 0.0, **call: Any) -> Any:
+        @torch.no_grad()
+        def go() -> None:
+            if looks:
+                ours.config.looks, ours.config.confidence = looks, [threshold]
+            for batch in batches:
+                model(**batch, **call)
+
+        return stopwatch(go)
+
+    variants = {"full": run(ours, budget=1.0), "stock": run(stock)}
+    for budget in CONSTANTS:
+        variants[f"constant {budget:.4f}"] = run(ours, budget=budget)
+    for budget, share in LOOKS:
+        threshold = float(np.quantile(sure[budget], share))
+        variants[f"look {budget:.4f}, then {share}"] = run(ours, [budget, 1.0], threshold)
+    times = interleave(variants, repeats)
+    found = {}
+    for key, own in times.items():
+        found[key] = spread([x / full for x, full in zip(own, times["full"], strict=True)])["median"]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Times every data set."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
+    options = parser.parse_args(arguments)
+    keep_quiet()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(options.threads)
+    settings = read_json(options.settings)
+    found: dict[str, Any] = {"environment": environment(), "threads": options.threads}
+    for name, own in settings["data"].items():
+        limits = {"calibration": 1, "test": ROWS, **own, "train": 16}
+        found[name] = time_rows(read_rows(options.data, name, limits).test, options.repeats)
+        print(name, {key: round(value, 3) for key, value in found[name].items()}, flush=True)
+    (options.work / "timing.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
