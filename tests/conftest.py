@@ -77,12 +77,20 @@ def stock_folder(backbone_type, folder: Path, **fields) -> Path:
     return folder
 
 
+def equal_shares(layers=3, heads=4):
+    """Opening order of the tiny models, whose units are too coarse for the default one: all sublayers at one pace."""
+    return list(range(2 * layers)) * heads
+
+
 def budgetformer(backbone_type, stir=True, trained=True, **fields):
     """A tiny BudgetFormer classifier of random weights, in eval mode.
 
-    Its narrow encoder, a copy of the most important units, counts as trained; stirred, the routers that
-    `router="layer"` has answer each input differently.
+    Its narrow encoder, a copy of the most important units that opens by `equal_shares`, counts as trained; stirred, the
+    routers that `router="layer"` has answer each input differently.
     """
+    if fields.get("router") != "layer":
+        size = (fields.get("num_hidden_layers", 3), fields.get("num_attention_heads", 4))
+        fields = {"opening_order": equal_shares(*size), **fields}
     config = BudgetFormerConfig.from_backbone_config(stock_config(backbone_type), **fields)
     model = BudgetFormerForSequenceClassification(config).eval()
     if trained and model.narrow is not None:

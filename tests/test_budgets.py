@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import budgetformer, stock_config
+from conftest import budgetformer, equal_shares, stock_config
 from hf_budgetformer import BudgetFormerConfig
 from hf_budgetformer.budgets import FULL_LOOK, OpeningOrder, confidence, plan_budget, plan_looks
 
@@ -16,8 +16,28 @@ def config_of(**fields):
     return BudgetFormerConfig.from_backbone_config(stock_config("bert"), **fields)
 
 
+@pytest.mark.parametrize(("heads", "blocks"), [(12, None), (12, 48), (16, 20), (3, 64)])
+def test_by_default_heads_open_at_three_times_the_pace_of_neurons_in_all_layers_alike(heads, blocks):
+    size = {"hidden_size": 48 * heads, "num_attention_heads": heads, "intermediate_size": 192 * heads}
+    config = BudgetFormerConfig.from_backbone_config(
+        stock_config("bert", num_hidden_layers=6, **size), feed_forward_blocks=blocks
+    )
+    order, blocks = OpeningOrder(config), blocks or heads
+    assert order.looks[-1].counts == ((heads,) * 6, (192 * heads,) * 6)
+    assert all(lower < higher for lower, higher in zip(order.costs, order.costs[1:], strict=False))
+    for look in order.looks:
+        opened = [round(neurons * blocks / (192 * heads)) for neurons in look.counts.neurons]
+        assert max(look.counts.heads) - min(look.counts.heads) <= 1
+        assert max(opened) - min(opened) <= 1
+        open_heads, open_neurons = sum(look.counts.heads) / (6 * heads), sum(opened) / (6 * blocks)
+        if open_heads < 1.0:
+            assert open_heads == pytest.approx(3 * open_neurons, abs=1 / heads + 3 / blocks)
+        else:
+            assert open_neurons >= 1 / 3 - 1 / blocks
+
+
 def test_equal_shares_open_at_the_same_pace():
-    order = OpeningOrder(config_of())
+    order = OpeningOrder(config_of(opening_order=equal_shares()))
     for share in (0.25, 0.5, 0.75, 1.0):
         look = order.look(share)
         assert look.counts.heads == (round(4 * share),) * 3
@@ -78,7 +98,7 @@ def test_flops_are_what_the_counter_of_torch_counts(backbone_type, budget, train
 
 
 def test_a_budget_becomes_looks():
-    config = config_of(margins=MARGINS)
+    config = config_of(margins=MARGINS, opening_order=equal_shares())
     order = OpeningOrder(config)
     assert plan_budget(config, order, 1.0).looks == (FULL_LOOK,)
     assert plan_budget(config, order, 0.25).looks == (order.look(0.25),)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from conftest import batch_of, budgetformer, stock_classifier, stock_config
+from conftest import batch_of, budgetformer, equal_shares, stock_classifier, stock_config
 from hf_budgetformer import BudgetFormerConfig, BudgetFormerForSequenceClassification, BudgetFormerModel
 from hf_budgetformer.tools.export import export_onnx, static_model
 from hf_budgetformer.tools.narrowing import cut
@@ -17,7 +17,7 @@ def small(backbone_type):
     """Two layers, for exporting takes seconds for each; its narrow encoder was trained, so that it looks twice."""
     torch.manual_seed(0)  # module fixtures come before the seed of a test
     stock = stock_config(backbone_type, num_hidden_layers=2)
-    config = BudgetFormerConfig.from_backbone_config(stock, narrow_budget=0.5)
+    config = BudgetFormerConfig.from_backbone_config(stock, narrow_budget=0.5, opening_order=equal_shares(layers=2))
     model = BudgetFormerForSequenceClassification(config).eval()
     model.narrow.steps += 1
     return model

@@ -14,6 +14,8 @@ DEFAULT_LOOKS = (1 / 6, 1.0)
 DEFAULT_CONFIDENCE = 0.8
 # Shares of the narrow budget that training draws from.
 TRAINED_SHARES = (1 / 3, 2 / 3, 1.0)
+# How many times the share of the neurons that is open the share of the heads is, until all heads are open.
+HEADS_PACE = 3
 # Budgets are compared with sums of shares: 1/4 must pay for three of twelve units, whatever the last bit says.
 _SLACK = 1e-6
 
@@ -63,14 +65,18 @@ def feed_forward_blocks(config: Any) -> int:
 
 
 def default_opening_order(config: Any) -> list[int]:
-    """Equal shares: every sublayer opens at the same pace, those of earlier layers first at each step.
+    """Heads open at three times the pace of blocks of neurons, in all layers alike, earlier layers first at each step.
+
+    At small budgets heads are worth more than neurons of the same cost: GRAIN found so of static pruning, and
+    `benchmarks/accuracy` of narrow encoders.
 
     Returns:
         Numbers of sublayers, 2 n for the attention and 2 n + 1 for the feed-forward of layer n, one for each unit.
     """
     units = (config.num_attention_heads, feed_forward_blocks(config))
+    paces = (HEADS_PACE * units[0], units[1])
     steps = [
-        (round((unit + 1) / units[sublayer % 2], 9), sublayer)
+        (round((unit + 1) / paces[sublayer % 2], 9), sublayer)
         for sublayer in range(2 * config.num_hidden_layers)
         for unit in range(units[sublayer % 2])
     ]

@@ -85,7 +85,8 @@ class BudgetFormerConfig(PreTrainedConfig):
         narrow_budget: Largest budget of the narrow encoder, in (0, 1]. Default 1/4.
         feed_forward_blocks: Blocks that the neurons of a layer open in, >= 1. None: as many as heads.
         opening_order: In which order the units of the narrow encoder open as the budget grows: numbers of sublayers,
-            one for each unit, 2 n for a head and 2 n + 1 for a block of neurons of layer n. None: all at the same pace.
+            one for each unit, 2 n for a head and 2 n + 1 for a block of neurons of layer n. None: heads at three times
+            the pace of neurons, all layers alike.
         reference_length: Tokens >= 1 of the input whose FLOPs are counted as the work of a unit. Default 128.
         looks: Rising budgets, one after the other, that a plain call at inference spends, each on the inputs that the
             one before left in doubt; 1.0 is the full encoder. None: once the narrow encoder has been trained (1/6, 1),
