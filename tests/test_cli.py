@@ -378,15 +378,18 @@ def test_training_takes_two_stages_and_every_option_of_trainer(tmp_path, data, t
     plain = stock_folder("bert", tmp_path / "plain")
     tokenizer.save_pretrained(plain)
     out = tmp_path / "out"
-    options = ["--max_steps", 2, "--learning-rate", "1e-3", "--device", "cpu", "--logging_steps", 1, "--seed", 5]
+    options = ["--max_steps", 2, "--device", "cpu", "--logging_steps", 1, "--seed", 5]
+    rates = ["--learning-rate", "1e-3", "--narrow-learning-rate", "2e-3", "--lr_scheduler_type", "constant"]
     extra = ["--validation", data, "--config", "narrow_budget=0.3", "--card", "--json"]
-    told = json.loads(good(run("train", plain, data, "--output", out, *extra, *options)))
+    told = json.loads(good(run("train", plain, data, "--output", out, *extra, *options, *rates)))
     assert told["rows"] == 64
     assert "budgetformer:begin" in (out / "README.md").read_text("utf-8")
     kept = training_of(out)
     assert (kept["base_model"], kept["dataset"], kept["rows"]) == (str(plain), data, 64)
     assert (kept["arguments"]["learning_rate"], kept["arguments"]["seed"]) == (1e-3, 5)
     assert {"divergence", "budget"} <= kept["log_history"][0].keys()
+    assert kept["log_history"][0]["learning_rate"] == kept["narrow"]["learning_rate"] == 2e-3
+    assert "narrow encoder, learning_rate: 0.002" in (out / "README.md").read_text("utf-8")
     assert kept["validation"]["eval_accuracy"] == told["validation"]["eval_accuracy"]
     teacher = AutoModelForSequenceClassification.from_pretrained(out / "teacher")
     model, _ = load_classifier(str(out), budgeted=True)
@@ -397,7 +400,11 @@ def test_training_takes_two_stages_and_every_option_of_trainer(tmp_path, data, t
     assert found["results"][0]["accuracy"] == kept["validation"]["eval_accuracy"]
     assert found["settings"]["seed"] == 5
 
-    good(run("train", out / "teacher", data, "--output", tmp_path / "beside", "--fine-tuned", *options))
+    texts = tmp_path / "unlabelled.csv"
+    texts.write_text("text\nw1 w2\nw3 w4 w5\n")
+    beside = ["--output", tmp_path / "beside", "--fine-tuned", "--unlabelled", texts, *options]
+    good(run("train", out / "teacher", data, *beside))
+    assert training_of(tmp_path / "beside")["narrow"]["unlabelled"] == 2
     assert not (tmp_path / "beside" / "teacher").exists()
     good(run("train", plain, data, "--output", tmp_path / "both", "--together", *options))
     assert {"task_loss", "divergence"} <= training_of(tmp_path / "both")["log_history"][0].keys()
@@ -448,6 +455,9 @@ def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tok
         (1, "Not a directory: .*file", ["train", plain, data, "--output", tmp_path / "file" / "x"]),
         (1, "plain model, or fine_tuned already, got the Bud", ["train", model, data, "--output", out]),
         (1, "fine_tuned and together", [*train, "--fine-tuned", "--together"]),
+        (1, "unlabelled must be None with together=True", [*train, "--together", "--unlabelled", data]),
+        (1, "narrow_learning_rate must be a float > 0", [*train, "--narrow-learning-rate", "0"]),
+        (2, "--learning_rate is of the full model, .*--narrow-", [*train, "--fine-tuned", "--learning-rate", "1e-4"]),
         (1, r"has the labels \['LABEL_0', .* the data have others.*--fine-tuned", [*train, "--fine-tuned"]),
         (1, r"has 3 labels, .* the data have 2, .*--new-head", ["train", plain, texts, "--output", out]),
         (1, r"BudgetFormerConfig, got \['nope'\]", [*train, "--config", "nope=1"]),

@@ -1,13 +1,16 @@
-"""The recipe: teacher logits through a column, a full model that stays as it is, and the two stages."""
+"""The recipe: teacher logits through a column, mixed rows, a full model that stays as it is, and the two stages."""
+
+import copy
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, concatenate_datasets
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from conftest import STOCK, budgetformer, stock_classifier, stock_config
+from conftest import STOCK, budgetformer, equal_shares, stock_classifier, stock_config
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits
-from hf_budgetformer.tools.recipe import label_names, train_classifier
+from hf_budgetformer.tools.recipe import label_names, taught_rows, train_classifier
+from hf_budgetformer.tools.training import mix_rows
 
 
 def stock_teacher(backbone_type="bert", **fields):
@@ -84,6 +87,105 @@ def test_a_teacher_without_a_trained_head_is_refused(tokenizer, tokenized, tmp_p
         add_teacher_logits(tokenized, str(tmp_path), tokenizer)
 
 
+# Mixed rows
+
+
+def marked_rows(kind):
+    """30 rows, the words of each a token of its own, and one of special tokens alone; of pairs as BERT or RoBERTa."""
+    rows = {"input_ids": [], "labels": []}
+    for row in range(30):
+        words = [5 + row] * (row + 1)
+        half = len(words) // 2
+        parts = {
+            "single": words,
+            "bert": [*words[:half], 3, *words[half:]],
+            "roberta": [*words[:half], 3, 3, *words[half:]],
+        }
+        rows["input_ids"].append([2, *parts[kind], 3])
+        rows["labels"].append(row % 3)
+    rows["input_ids"].append([2, 3])
+    rows["labels"].append(0)
+    if kind == "bert":
+        rows["token_type_ids"] = [[min(place, 1) for place in range(len(row))] for row in rows["input_ids"]]
+    rows["attention_mask"] = [[1] * len(row) for row in rows["input_ids"]]
+    return Dataset.from_dict(rows)
+
+
+@pytest.mark.parametrize("kind", ["single", "bert", "roberta"])
+def test_a_mixed_row_has_a_span_of_another_row_and_else_stays_as_it_is(tokenizer, kind):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    rows = marked_rows(kind)
+    mixed = mix_rows(rows, 2, tokenizer)
+    assert mixed.column_names == [name for name in rows.column_names if name != "labels"]
+    assert mixed.features == {name: rows.features[name] for name in mixed.column_names}
+    assert len(mixed) == 2 * len(rows)
+    changed_rows = 0
+    for number, new in enumerate(mixed):
+        old = rows[number % len(rows)]
+        assert {name: new[name] for name in new if name != "input_ids"} == {
+            name: old[name] for name in new if name != "input_ids"
+        }
+        assert [x if x < 5 else 0 for x in new["input_ids"]] == [x if x < 5 else 0 for x in old["input_ids"]]
+        words = [
+            (before, after) for before, after in zip(old["input_ids"], new["input_ids"], strict=True) if before >= 5
+        ]
+        changed = [place for place, (before, after) in enumerate(words) if before != after]
+        if changed:
+            changed_rows += 1
+            assert changed == list(range(changed[0], changed[-1] + 1))
+            assert len({words[place][1] for place in changed}) == 1
+            assert len(changed) <= max(1, len(words) / 2)
+    assert changed_rows > 0.8 * len(mixed)
+
+
+def test_mixed_rows_depend_on_the_rows_and_the_seed_alone(tokenizer, tokenized):
+    first = mix_rows(tokenized, 1, tokenizer)["input_ids"][:]
+    set_seed(7)
+    assert mix_rows(tokenized.with_format("torch"), 1, tokenizer)["input_ids"][:] == first
+    assert mix_rows(tokenized, 1, tokenizer, seed=1)["input_ids"][:] != first
+    twice = mix_rows(tokenized, 2, tokenizer)["input_ids"][:]
+    assert twice[:64] == first
+    assert twice[64:] != first
+
+
+def test_what_cannot_be_mixed_is_refused(tokenizer, tokenized, texts):
+    for times in (0, -1, 0.5):
+        with pytest.raises(ValueError, match=f"times must be an integer >= 1, got {times}"):
+            mix_rows(tokenized, times, tokenizer)
+    with pytest.raises(ValueError, match=r"must have a column 'input_ids', got the columns \['text', 'label'\]"):
+        mix_rows(texts, 1, tokenizer)
+
+
+# Rows for a narrow encoder
+
+
+@pytest.mark.parametrize("mixed", [0, 1, 2])
+def test_taught_rows_are_given_unlabelled_and_mixed_ones_with_the_teachers_answers(tokenizer, tokenized, mixed):
+    teacher = stock_teacher().eval()
+    rows, unlabelled = tokenized.select(range(40)), tokenized.select(range(40, 64)).remove_columns("label")
+    taught = taught_rows(rows.with_format("torch"), teacher, tokenizer, unlabelled, mixed, seed=2)
+    assert len(taught) == 64 * (1 + mixed)
+    assert taught.column_names == [*unlabelled.column_names, "teacher_logits", "labels"]
+    assert taught["input_ids"][:64] == tokenized["input_ids"][:]
+    if mixed:
+        assert taught["input_ids"][64:] == mix_rows(tokenized, mixed, tokenizer, seed=2)["input_ids"][:]
+    for row in taught.select(range(0, len(taught), 9)):
+        with torch.no_grad():
+            logits = teacher(torch.tensor([row["input_ids"]])).logits[0]
+        torch.testing.assert_close(torch.tensor(row["teacher_logits"]), logits, rtol=1e-4, atol=1e-5)
+        assert row["labels"] == logits.argmax().item()
+
+
+def test_rows_that_cannot_be_taught_are_refused(tokenizer, tokenized, texts):
+    with pytest.raises(ValueError, match="mixed must be an integer >= 0, got -1"):
+        taught_rows(tokenized, stock_teacher(), tokenizer, mixed=-1)
+    with pytest.raises(ValueError, match=r"must have a column 'input_ids', got the columns \['text', 'label'\]"):
+        taught_rows(texts, stock_teacher(), tokenizer)
+    with pytest.raises(ValueError, match="teacher must be a classifier of two labels or more"):
+        taught_rows(tokenized, stock_teacher(num_labels=1), tokenizer)
+
+
 # A full model that stays as it is
 
 
@@ -93,7 +195,9 @@ def test_the_plain_trainer_trains_the_narrow_encoder_alone_from_the_column(
     fine_tuned = stock_classifier(backbone_type)
     fine_tuned.save_pretrained(tmp_path / "fine-tuned")
     rows = add_teacher_logits(tokenized, str(tmp_path / "fine-tuned"), tokenizer)
-    model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "fine-tuned", freeze_full=True)
+    model = BudgetFormerForSequenceClassification.from_pretrained(
+        tmp_path / "fine-tuned", freeze_full=True, opening_order=equal_shares()
+    )
     arguments = TrainingArguments(
         tmp_path / "run", max_steps=40, learning_rate=3e-3, per_device_train_batch_size=16, logging_steps=10,
         report_to="none", save_strategy="no", use_cpu=True,
@@ -162,9 +266,64 @@ def test_both_learn_together_without_a_teacher(plain, texts, tmp_path):
     assert {"task_loss", "divergence"} <= found["log_history"][0].keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "rows", "steps"),
+    [({}, 128, 8), ({"mixed": 0}, 64, 8), ({"mixed": 3}, 256, 16), ({"unlabelled": 2}, 384, 24)],
+)
+def test_the_narrow_encoder_takes_twice_the_steps_or_as_many_as_reading_every_row_takes(
+    plain, texts, tmp_path, options, rows, steps
+):
+    if "unlabelled" in options:
+        options = {"unlabelled": concatenate_datasets([texts.remove_columns("label")] * options["unlabelled"])}
+    settings = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 16}
+    arguments = arguments_for(tmp_path / "out", **settings, logging_steps=1, lr_scheduler_type="constant")
+    found = train_classifier(plain, texts, arguments, **options)
+    assert found["narrow"]["rows"] == rows
+    assert found["narrow"]["unlabelled"] == len(options.get("unlabelled", []))
+    assert [entry["learning_rate"] for entry in found["log_history"] if "loss" in entry] == [6e-4] * steps
+    assert found["arguments"]["learning_rate"] == arguments.learning_rate == 1e-3  # those given, and unchanged
+    assert BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out").narrow.steps == steps
+
+
+def test_a_number_of_steps_holds_for_both_stages_and_the_rate_of_the_narrow_encoder_can_be_set(plain, texts, tmp_path):
+    arguments = arguments_for(tmp_path / "out", logging_steps=1, lr_scheduler_type="constant")
+    found = train_classifier(plain, texts, arguments, narrow_learning_rate=2e-4)
+    assert [entry["learning_rate"] for entry in found["log_history"] if "loss" in entry] == [2e-4] * 2
+
+
+def test_a_fine_tuned_model_is_taught_by_texts_that_nobody_labelled(plain, texts, tmp_path):
+    unlabelled = texts.remove_columns("label")
+    before = AutoModelForSequenceClassification.from_pretrained(plain)
+    arguments = arguments_for(tmp_path / "out")
+    found = train_classifier(plain, texts.select(range(8)), arguments, fine_tuned=True, unlabelled=unlabelled)
+    assert (found["rows"], found["narrow"]["rows"], found["narrow"]["unlabelled"]) == (8, 144, 64)
+    model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out")
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_what_stage_two_cannot_take_is_refused_before_anything_is_trained(plain, texts, tmp_path):
+    arguments = arguments_for(tmp_path / "out")
+    unlabelled = texts.remove_columns("label")
+    for message, options in {
+        "narrow_learning_rate must be a float > 0, got 0": {"narrow_learning_rate": 0},
+        "mixed must be an integer >= 0, got 0.5": {"mixed": 0.5},
+        "unlabelled must be None with together=True": {"unlabelled": unlabelled, "together": True},
+        'unlabelled must be None .*router="layer"': {"unlabelled": unlabelled, "router": "layer"},
+        r"text_pair where train has it, got the columns \['text', 'text_pair'\]": {
+            "unlabelled": unlabelled.add_column("text_pair", unlabelled["text"][:])
+        },
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            train_classifier(plain, texts, arguments, **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_papers_routers_are_taught_too(plain, texts, tmp_path):
     found = train_classifier(plain, texts, arguments_for(tmp_path / "out", logging_steps=1), router="layer")
     assert "distillation_loss" in found["log_history"][0]
+    assert found["narrow"] == {}
+    assert max(entry.get("learning_rate", 0.0) for entry in found["log_history"]) == 1e-3
     assert BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out").narrow is None
 
 

@@ -153,6 +153,9 @@ def train(
     unlabelled: Annotated[
         str | None, typer.Option(help="More texts for the narrow encoder, without labels.", show_default=False)
     ] = None,
+    narrow_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the narrow encoder; 6e-4 if not given.", show_default=False)
+    ] = None,
     config: Annotated[
         list[str] | None, typer.Option(help="FIELD=VALUE of BudgetFormerConfig; may be repeated.", show_default=False)
     ] = None,
@@ -166,12 +169,20 @@ def train(
 ) -> None:
     """Fine-tune the plain model, then train a narrow encoder beside it, from its answers.
 
-    After CHECKPOINT and DATA, every option of TrainingArguments is one of this command too; it holds for both stages.
+    After CHECKPOINT and DATA, every option of TrainingArguments is one of this command too. It holds for both stages,
+    but for --learning_rate: the narrow encoder, which learns alone in stage two, has a rate of its own.
     """
     if stray := [argument for argument in (checkpoint, data) if argument.startswith("-")]:
         raise typer.BadParameter(f"CHECKPOINT and DATA come first, got {stray[0]} before them.")
     fields = {name: _parse_value(text) for name, text in _parse_pairs("--config", config).items()}
     arguments = _parse_training_arguments([*context.args, "--output_dir", output], device)
+    if narrow_learning_rate is not None:
+        fields["narrow_learning_rate"] = narrow_learning_rate
+    options = {option.partition("=")[0].replace("-", "_") for option in context.args}
+    if "__learning_rate" in options and fine_tuned and fields.get("router") != "layer":
+        raise typer.BadParameter(
+            "--learning_rate is of the full model, which does not learn with --fine-tuned: give --narrow-learning-rate."
+        )
     from hf_budgetformer.tools.recipe import train_classifier
 
     Path(output).mkdir(parents=True, exist_ok=True)

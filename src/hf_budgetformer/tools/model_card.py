@@ -148,6 +148,8 @@ def _about_training(training: dict[str, Any]) -> str:
     taught = f", taught by {_plain(short_name(training['teacher']))}" if training.get("teacher") else ""
     given = training["arguments"]
     used = "\n".join(f"{argument}: {given[argument]}" for argument in _ARGUMENTS if argument in given)
+    for argument, value in training.get("narrow", {}).items():
+        used += f"\nnarrow encoder, {argument}: {value}"
     return (
         f"## How it was trained\n\nFrom {base} on {training['rows']:,} rows of {data}{taught}, in "
         f"{training['seconds'] / 60:.1f} minutes.\n\n```text\n{used}\n```"

@@ -22,11 +22,20 @@ from ..modeling_budgetformer import BudgetFormerForSequenceClassification
 from .checkpoints import load_config, load_trained
 from .results import write_json
 from .tables import label_ids
-from .training import BudgetCallback, add_teacher_logits
+from .training import BudgetCallback, add_teacher_logits, mix_rows
 
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
+
+
+# Of the narrow encoder, whatever the full model's was: it is small, and begins as a part of one. See
+# `benchmarks/accuracy`.
+NARROW_LEARNING_RATE = 6e-4
+# For each step of the full model, which costs several times as much.
+NARROW_STEPS = 2
+# For each given row. The full model is asked about them too.
+MIXED_ROWS = 1
 
 
 def label_names(dataset: "Dataset") -> list[str]:
@@ -54,13 +63,68 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _tokenized(
-    dataset: "Dataset", config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, max_length: int | None, config: Any = None
 ) -> "Dataset":
+    """Tokenized rows; with the labels of `config`, if it is given."""
+
     def encode(rows: dict[str, list[Any]]) -> Any:
         return tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
 
     encoded = dataset.map(encode, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
-    return encoded.add_column("labels", label_ids(dataset, config).tolist())
+    return encoded if config is None else encoded.add_column("labels", label_ids(dataset, config).tolist())
+
+
+def taught_rows(
+    rows: "Dataset",
+    teacher: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    unlabelled: "Dataset | None" = None,
+    mixed: int = MIXED_ROWS,
+    seed: int = 0,
+) -> "Dataset":
+    """Rows to train the narrow encoder of a classifier on: given and mixed ones, with the full model's answers.
+
+    ```python
+    train = taught_rows(train, "my-fine-tuned-bert", tokenizer)
+    model = BudgetFormerForSequenceClassification.from_pretrained("my-fine-tuned-bert", freeze_full=True)
+    Trainer(model, args, train_dataset=train, processing_class=tokenizer, callbacks=[BudgetCallback()]).train()
+    ```
+
+    Args:
+        rows: Tokenized rows. Labels that they have are not read.
+        teacher: The fine-tuned model, of one label of many: as in `tools.training.add_teacher_logits`.
+        tokenizer: Of the teacher.
+        unlabelled: Further tokenized rows.
+        mixed: Rows of `tools.training.mix_rows` for each of these, >= 0.
+        seed: Of the mixing.
+
+    Returns:
+        The given rows, the unlabelled and the mixed ones, in this order: the columns that the tokenizer makes,
+        `teacher_logits`, and as `labels` the labels that the teacher gives.
+
+    Raises:
+        ValueError: `mixed` is below 0, the rows are not tokenized, or the teacher does not choose one label of many.
+    """
+    from datasets import concatenate_datasets  # here, for it takes long to import
+
+    _check_mixed(mixed)
+    columns = [name for name in rows.column_names if name in tokenizer.model_input_names]
+    if "input_ids" not in columns:
+        raise ValueError(f"rows must have a column 'input_ids', got the columns {rows.column_names}.")
+    parts = [part.with_format(None).select_columns(columns) for part in (rows, unlabelled) if part is not None]
+    given = concatenate_datasets(parts)
+    if mixed:
+        given = concatenate_datasets([given, mix_rows(given, mixed, tokenizer, seed)])
+    taught = add_teacher_logits(given, teacher, tokenizer)
+    logits = np.array(taught["teacher_logits"][:])
+    if logits.shape[-1] < 2:
+        raise ValueError("teacher must be a classifier of two labels or more: for a regression use add_teacher_logits.")
+    return taught.add_column("labels", logits.argmax(-1).tolist())
+
+
+def _check_mixed(mixed: int) -> None:
+    if not isinstance(mixed, int) or mixed < 0:
+        raise ValueError(f"mixed must be an integer >= 0, got {mixed!r}.")
 
 
 def _check_labels(checkpoint: str, train: "Dataset", fine_tuned: bool, new_head: bool) -> Any:
@@ -102,12 +166,20 @@ def train_classifier(
     new_head: bool = False,
     max_length: int | None = None,
     source: str | None = None,
+    unlabelled: "Dataset | None" = None,
+    mixed: int = MIXED_ROWS,
+    narrow_learning_rate: float = NARROW_LEARNING_RATE,
     **fields: Any,
 ) -> dict[str, Any]:
     """Trains a BudgetFormer from a plain checkpoint, and saves it in `arguments.output_dir`, ready for use.
 
     Stage one fine-tunes the stock model and saves it in the folder `teacher` there; stage two trains the narrow encoder
-    beside it, from its answers, and leaves it as it is. Both take the same arguments.
+    beside it, from its answers, and leaves it as it is. Stage two has the rows of `taught_rows`: the training rows,
+    others without labels if there are any, and mixed ones. Both stages take the same arguments, except that the
+    learning rate of stage two is the narrow encoder's own, and that epochs are counted so that it takes twice the steps
+    of stage one, or more if that is what reading every row once takes; `max_steps` holds for either as it is.
+
+    With `router="layer"` stage two trains the paper's routers on the training rows, by the same arguments.
 
     ```python
     train_classifier("bert-base-uncased", read_table("train.csv"), TrainingArguments("out", learning_rate=3e-5))
@@ -116,7 +188,8 @@ def train_classifier(
     Args:
         checkpoint: Folder or Hub id of a BERT or RoBERTa model.
         train: Rows with text, text_pair if there are two, and label, as `tools.tables.read_table` returns them.
-        arguments: Of the Trainer. With `resume_from_checkpoint` stage two goes on, and stage one is not repeated.
+        arguments: Of the Trainer. With `resume_from_checkpoint` stage two goes on, and stage one is not repeated. Give
+            the `seed` of the first run then, for it draws the mixed rows too.
         validation: Rows to evaluate on while training, if the arguments say so, and at the end; with it budgets between
             the narrow one and 1 can be asked for.
         fine_tuned: Whether `checkpoint` is a classifier for these labels already, and stays as it is: no stage one.
@@ -124,16 +197,33 @@ def train_classifier(
         new_head: Whether a checkpoint with another number of labels gets a new classifier.
         max_length: Tokens kept of a text. None: all the tokenizer allows.
         source: What the training set is called, for the record.
+        unlabelled: Further rows for stage two, with text, and text_pair if the training rows have it. They need no
+            labels, for the full model answers them.
+        mixed: Mixed rows for each training row and each unlabelled one, >= 0.
+        narrow_learning_rate: Of stage two, > 0.
         **fields: Of `BudgetFormerConfig`.
 
     Returns:
         What is written to `budgetformer/training.json`: "base_model", "teacher", "dataset", "rows", "max_length",
-        "arguments", "log_history" (of stage two), "validation" (the last figures on it), "seconds" (what stage two
-        took, with asking the teacher) and "stage_one_seconds".
+        "arguments" (as given), "narrow" (what differs in stage two: "learning_rate", "num_train_epochs", "rows",
+        "unlabelled" and "mixed"; empty where nothing does), "log_history" (of stage two), "validation" (the last
+        figures on it), "seconds" (what stage two took, with asking the teacher) and "stage_one_seconds".
 
     Raises:
         ValueError: An argument is not allowed, or labels are not what `label_names` wants or the checkpoint has.
     """
+    if not (isinstance(narrow_learning_rate, float) and narrow_learning_rate > 0.0):
+        raise ValueError(f"narrow_learning_rate must be a float > 0, got {narrow_learning_rate!r}.")
+    _check_mixed(mixed)
+    if unlabelled is not None and (together or fields.get("router") == "layer"):
+        raise ValueError(
+            'unlabelled must be None with together=True or router="layer": it teaches a narrow encoder alone.'
+        )
+    if unlabelled is not None and ("text_pair" in unlabelled.column_names) != ("text_pair" in train.column_names):
+        raise ValueError(
+            f"unlabelled must have text_pair where train has it, got the columns {unlabelled.column_names} and "
+            f"{train.column_names}."
+        )
     if fine_tuned and together:
         raise ValueError("fine_tuned and together must not both be True: what stays as it is does not learn.")
     if load_config(checkpoint).model_type == "budgetformer" and not fine_tuned:
@@ -148,12 +238,14 @@ def train_classifier(
         raise ValueError(f"fields must be those of BudgetFormerConfig, got {sorted(strange)}.")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_input_length(config))
-    rows = _tokenized(train, config, tokenizer, max_length)
-    held_out = None if validation is None else _tokenized(validation, config, tokenizer, max_length)
+    rows = _tokenized(train, tokenizer, max_length, config)
+    more = None if unlabelled is None else _tokenized(unlabelled, tokenizer, max_length)
+    held_out = None if validation is None else _tokenized(validation, tokenizer, max_length, config)
 
-    def run(model: Any, rows: "Dataset", folder: Path) -> tuple[Trainer, dict[str, float]]:
+    def run(model: Any, rows: "Dataset", folder: Path, **changes: Any) -> tuple[Trainer, dict[str, float]]:
         own = copy.copy(arguments)
-        own.output_dir = str(folder)
+        for name, value in {"output_dir": str(folder), **changes}.items():
+            setattr(own, name, value)
         trainer = Trainer(
             model, own, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer, compute_metrics=_accuracy
         )
@@ -173,19 +265,30 @@ def train_classifier(
             stock = AutoModelForSequenceClassification.from_pretrained(checkpoint, **labels, **head)
             run(stock, rows, output / "teacher")
     between = time.perf_counter()
+    changes: dict[str, Any] = {}
+    about_rows: dict[str, int] = {}
     if not together:
-        rows = add_teacher_logits(rows, teacher or load_trained(start, arguments.device), tokenizer)
+        teacher = teacher or load_trained(start, arguments.device)
+        if config.router == "layer":  # the full model learns on, from its own answers before
+            rows = add_teacher_logits(rows, teacher, tokenizer)
+        else:
+            epochs = arguments.num_train_epochs
+            rows = taught_rows(rows, teacher, tokenizer, more, mixed, arguments.seed)
+            passes = max(NARROW_STEPS * epochs * len(train) / len(rows), min(epochs, 1.0))
+            changes = {"learning_rate": narrow_learning_rate, "num_train_epochs": passes}
+            about_rows = {"rows": len(rows), "unlabelled": 0 if more is None else len(more), "mixed": mixed}
         fields = {"freeze_full": True, **fields}
     set_seed(arguments.seed)
     model = BudgetFormerForSequenceClassification.from_pretrained(start, **labels, **head, **fields)
-    trainer, metrics = run(model, rows, output)
+    trainer, metrics = run(model, rows, output, **changes)
     found = {
         "base_model": checkpoint,
         "teacher": None if together else start,
         "dataset": source,
         "rows": len(train),
         "max_length": max_length,
-        "arguments": trainer.args.to_dict(),
+        "arguments": arguments.to_dict(),
+        "narrow": {**changes, **about_rows},
         "log_history": trainer.state.log_history,
         "validation": metrics,
         "seconds": time.perf_counter() - between,
@@ -196,4 +299,4 @@ def train_classifier(
     return found
 
 
-__all__ = ["label_names", "train_classifier"]
+__all__ = ["label_names", "taught_rows", "train_classifier"]
