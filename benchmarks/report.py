@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accuracy.report import kept
 from accuracy.report import plot as accuracy_plot
 from accuracy.report import tables as accuracy_tables
 from paper.report import tables as paper_tables
@@ -222,7 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(write_report(options.results, options.output))
     if options.output == HERE:
         readme = HERE.parent / "README.md"
-        readme.write_text(fill(readme.read_text(), "savings", savings(read_results(options.results))))
+        text = fill(readme.read_text(), "savings", savings(read_results(options.results)))
+        readme.write_text(fill(text, "kept", kept()))
 
 
 if __name__ == "__main__":

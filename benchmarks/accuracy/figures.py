@@ -55,7 +55,8 @@ class Run:
 
     def constant(self, budget: float) -> dict[str, Any]:
         """Every input alike."""
-        return self.score(self.answers["test"][self.find(budget)].argmax(-1), budget)
+        cost = self.find(budget)
+        return self.score(self.answers["test"][cost].argmax(-1), cost)
 
     def find(self, budget: float) -> float:
         """The key that is meant."""
@@ -170,11 +171,11 @@ def outcomes(runs: dict[str, dict[int, Run]], seed: int, seconds: dict[float, fl
     if run := runs["exits"].get(seed):
         for mean in MEANS:
             found[f"exits {mean}"] = run.exits(mean)
-    if run := runs["nested"].get(seed):
-        found["nested 1/4"] = run.constant(1 / 4)
-        found["nested, looks 0.25"] = run.looks(0.25)
+    if run := runs["shared widths"].get(seed):
+        found["shared widths, constant 1/4"] = run.constant(1 / 4)
+        found["shared widths, looks 0.25"] = run.looks(0.25)
     if run := runs["routers"].get(seed):
-        found["routers 1/4"] = run.constant(1 / 4)
+        found["routers, 1/4 of the heads"] = run.constant(1 / 4)
     return found
 
 
@@ -203,9 +204,9 @@ PAIRS = (
     ("constant 1/4", "truncated start, constant 1/4"),
     ("looks 0.25", "random start, looks 0.25"),
     ("looks 0.25", "truncated start, looks 0.25"),
-    ("constant 1/4", "nested 1/4"),
-    ("looks 0.25", "nested, looks 0.25"),
-    ("looks 0.25", "routers 1/4"),
+    ("constant 1/4", "shared widths, constant 1/4"),
+    ("looks 0.25", "shared widths, looks 0.25"),
+    ("looks 0.25", "routers, 1/4 of the heads"),
 )
 
 
@@ -223,7 +224,8 @@ def main(arguments: list[str] | None = None) -> None:
     everything: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     options.output.mkdir(parents=True, exist_ok=True)
     for name, methods in runs.items():
-        seconds = {float(share): value for share, value in times.get(name, {}).items()}
+        ratios = times.get(name, {}).get("ratios", {})
+        seconds = {budget: ratios.get(f"constant {budget:.4f}", budget) for budget in FIRST_LOOKS}
         table: dict[str, Any] = {}
         for seed in sorted({seed for found in methods.values() for seed in found}):
             found = outcomes(methods, seed, seconds)

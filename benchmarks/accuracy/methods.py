@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification
+from hf_budgetformer.budgets import OpeningOrder
 
 
 @dataclass
@@ -144,6 +145,20 @@ def _states(model: Any, rows: Any) -> np.ndarray:
     return np.stack(found)
 
 
+def routers(task: Task) -> tuple[dict[str, Answers], float]:
+    """The paper's routers in every layer, trained from the full model and its answers, at a quarter of the heads.
+
+    Heads alone are closed, so that the cost is that of all neurons and a quarter of the heads.
+    """
+    model: Any = BudgetFormerForSequenceClassification.from_pretrained(task.full, router="layer", target_budget=0.25)
+    seconds = fit(model, task.taught, task.epochs / 2, 5e-5, task.seed, callbacks=[BudgetCallback()])
+    order = OpeningOrder(model.config)
+    heads = order.head_flops * model.config.num_attention_heads * order.layers / order.total_flops
+    cost = 1.0 - 0.75 * heads
+    found = {split: {cost: ask(model, getattr(task.rows, split), budget=0.25)} for split in ("calibration", "test")}
+    return found, seconds
+
+
 METHODS: dict[str, Callable[[Task], Any]] = {
     "narrow": narrow,
     "static 1/4": by_recipe((1 / 4,), narrow_budget=1 / 4, shares=[1.0]),
@@ -151,6 +166,8 @@ METHODS: dict[str, Callable[[Task], Any]] = {
     "static 1/2": by_recipe((1 / 2,), narrow_budget=1 / 2, shares=[1.0]),
     "layers": by_recipe((1 / 3, 1 / 6), narrow_budget=1 / 3, shares=[0.5, 1.0], order="layers"),
     "exits": exits,
+    "shared widths": by_recipe(CONSTANTS, narrow_budget=1.0, shares=[1 / 12, 1 / 6, 1 / 4, 1.0], learning_rate=1e-4),
+    "routers": routers,
     "random start": by_recipe(CONSTANTS, importance="random"),
     "truncated start": by_recipe(CONSTANTS, importance="first"),
 }

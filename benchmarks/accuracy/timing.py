@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data-sets", nargs="*", help="some of the settings' only; others stay as they were timed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
@@ -75,12 +76,15 @@ def main(arguments: list[str] | None = None) -> None:
     datasets.disable_progress_bars()
     torch.set_num_threads(options.threads)
     settings = read_json(options.settings)
-    found: dict[str, Any] = {"environment": environment(), "threads": options.threads}
-    for name, own in settings["data"].items():
+    path = options.work / "timing.json"
+    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    for name in options.data_sets or settings["data"]:
+        own = settings["data"][name]
         limits = {"calibration": 1, "test": ROWS, **own, "train": 16}
-        found[name] = time_rows(read_rows(options.data, name, limits).test, options.repeats)
-        print(name, {key: round(value, 3) for key, value in found[name].items()}, flush=True)
-    (options.work / "timing.json").write_text(json.dumps(found, indent=1) + "\n")
+        ratios = time_rows(read_rows(options.data, name, limits).test, options.repeats)
+        found[name] = {"threads": options.threads, "environment": environment(), "ratios": ratios}
+        print(name, {key: round(value, 3) for key, value in ratios.items()}, flush=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
