@@ -117,7 +117,7 @@ def test_plain_calls_take_the_looks_of_the_configuration():
     assert plan.looks == (order.look(0.1), order.look(0.25), FULL_LOOK)
     assert plan.thresholds == (0.5, 0.9)
     default = plan_looks(config_of(), order)
-    assert default.looks == (order.look(1 / 6), FULL_LOOK)
+    assert default.looks == (order.look(1 / 12), FULL_LOOK)
     assert default.thresholds == (0.8,)
 
 

@@ -95,7 +95,7 @@ def test_fine_tunes_compares_saves_classifies_and_asks_again(folder, tokenizer, 
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert model.config.model_type == "budgetformer"
     assert model.is_trained()
-    assert model.config.margins["budget"] == pytest.approx(1 / 6)
+    assert model.config.margins["budget"] == pytest.approx(1 / 12)
     assert set(model.config.label2id) == {"kind 0", "kind 1", "kind 2"}
     assert AutoTokenizer.from_pretrained(output).get_vocab() == tokenizer.get_vocab()
 

@@ -120,7 +120,7 @@ def test_until_it_is_trained_a_plain_call_is_the_full_model_and_says_so_once(bac
 
 def test_once_it_is_trained_a_plain_call_looks_twice(backbone_type):
     model, batch = budgetformer(backbone_type), batch_of([3, 9, 4, 7, 5, 6], backbone_type)
-    first, full = model(**batch, budget=1 / 6), model(**batch, budget=1.0)
+    first, full = model(**batch, budget=1 / 12), model(**batch, budget=1.0)
     sure = confidence(first.logits, None)
     model.config.confidence = [sure.median().item() + 1e-3]
     doubted = sure < model.config.confidence[0]
@@ -129,7 +129,7 @@ def test_once_it_is_trained_a_plain_call_looks_twice(backbone_type):
     expected = torch.where(doubted[:, None], full.logits, first.logits)
     torch.testing.assert_close(outputs.logits, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outputs.budget, first.budget + doubted)
-    assert torch.equal(model(**batch, budget=1 / 6).logits, first.logits)  # asked for: no second look
+    assert torch.equal(model(**batch, budget=1 / 12).logits, first.logits)  # asked for: no second look
 
 
 def test_three_looks_are_summed(backbone_type):
@@ -150,7 +150,7 @@ def test_a_mean_budget_is_spent_in_the_mean(backbone_type):
     for asked in (0.3, 0.4, 0.5, 0.8):
         spent = torch.cat([model(**batch, budget=asked).budget for batch in batches[:4]])
         assert spent.mean().item() == pytest.approx(asked, rel=0.05)
-        assert {round(x, 4) for x in spent.tolist()} == {0.1667, 1.1667}
+        assert {round(x, 4) for x in spent.tolist()} == {0.0833, 1.0833}
         others = torch.cat([model(**batch, budget=asked).budget for batch in batches[4:]])
         assert others.mean().item() == pytest.approx(asked, rel=0.2)
 

@@ -389,7 +389,7 @@ def test_too_few_rows_to_promise_anything_are_warned_of(tokenizer, tokenized, tm
     assert "64 rows to evaluate on are too few to promise that at most 1% of the answers differ" in told
     assert f"it takes {rows_needed('disagreement', 0.01, 0.05 / 3)}." in told
     assert config.looks is config.confidence is config.promise is None
-    assert config.margins["budget"] == pytest.approx(1 / 6)
+    assert config.margins["budget"] == pytest.approx(1 / 12)
 
 
 @pytest.mark.parametrize("disagreement", [0.3, None])

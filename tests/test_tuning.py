@@ -288,15 +288,15 @@ def test_a_budget_in_between_is_spent_in_the_mean(backbone_type, budget):
         fresh = torch.cat([model(**batch, budget=budget).budget for batch in batches(range(100, 116), backbone_type)])
     assert spent.mean().item() == pytest.approx(budget, rel=0.05)
     assert fresh.mean().item() == pytest.approx(budget, rel=0.25)
-    first = model.narrow.order.look(1 / 6).cost
+    first = model.narrow.order.look(1 / 12).cost
     assert spent.unique().tolist() == pytest.approx([first, first + 1.0])
 
 
-def test_labels_and_teachers_are_ignored_and_the_default_first_look_is_a_sixth():
+def test_labels_and_teachers_are_ignored_and_the_default_first_look_is_a_twelfth():
     model, [batch] = budgetformer("bert"), batches([0])
     calibrate_margins(model, [{**batch, "labels": torch.full((32,), 7), "teacher_logits": torch.zeros(1)}])
     before = model.config.margins
-    assert before["budget"] == 1 / 6
+    assert before["budget"] == 1 / 12
     calibrate_margins(model, [batch])
     assert model.config.margins == before
     looking = budgetformer("bert", looks=[0.2, 1.0])

@@ -10,7 +10,7 @@ import torch
 
 
 # Of a plain call on a model whose looks nobody set, and the margin below which an answer is doubted.
-DEFAULT_LOOKS = (1 / 6, 1.0)
+DEFAULT_LOOKS = (1 / 12, 1.0)
 DEFAULT_CONFIDENCE = 0.8
 # Shares of the narrow budget that training draws from.
 TRAINED_SHARES = (1 / 3, 2 / 3, 1.0)

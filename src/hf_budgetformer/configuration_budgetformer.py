@@ -89,7 +89,7 @@ class BudgetFormerConfig(PreTrainedConfig):
             the pace of neurons, all layers alike.
         reference_length: Tokens >= 1 of the input whose FLOPs are counted as the work of a unit. Default 128.
         looks: Rising budgets, one after the other, that a plain call at inference spends, each on the inputs that the
-            one before left in doubt; 1.0 is the full encoder. None: once the narrow encoder has been trained (1/6, 1),
+            one before left in doubt; 1.0 is the full encoder. None: once the narrow encoder has been trained (1/12, 1),
             before that the full encoder alone. With `router="layer"` at most one: the share of the heads asked for.
         confidence: A threshold in [0, 1] after each look but the last: answers less sure are doubted. None: 0.8.
         margins: How sure the first look of a mean budget is on texts like the user's: `{"budget": its budget,

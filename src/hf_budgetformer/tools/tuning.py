@@ -422,7 +422,7 @@ def calibrate_margins(
     Args:
         model: A BudgetFormer classifier with a narrow encoder; asked in eval mode, and left in the mode it was in.
         batches: What `forward` takes, a few hundred rows like those to come; labels are ignored.
-        budget: Of the first look, at most `config.narrow_budget`. None: the first of `config.looks`, or 1/6.
+        budget: Of the first look, at most `config.narrow_budget`. None: the first of `config.looks`, or 1/12.
 
     Raises:
         ValueError: The model is of another kind, the budget is none of a first look, or there is no batch.
