@@ -103,10 +103,10 @@ def test_looks_spend_what_they_are_asked_and_agree_more_the_more_they_spend():
 
 
 def test_a_tuned_look_is_dear_where_little_may_differ_and_all_of_the_work_where_rows_are_too_few():
-    dear, cheap = (made_up(4000).tuned(level, {}) for level in (0.01, 0.1))
+    dear, cheap = (made_up(4000).tuned(level) for level in (0.01, 0.1))
     assert dear["cost"] > cheap["cost"]
     assert (~dear["same"]).mean() < 0.02
-    assert made_up(50).tuned(0.01, {})["cost"] == 1.0
+    assert made_up(50).tuned(0.01)["cost"] == 1.0
 
 
 def test_early_exits_leave_at_the_first_layer_that_is_sure():

@@ -112,7 +112,7 @@ def test_everything_that_was_measured_is_in_it(checkpoint):
         *figures,
         "stanfordnlp/imdb, taught by out/teacher, in 1.5 minutes",
         "learning_rate: 3e-05",
-        "On 50 rows of teapots/reviews.csv, test, by a model whose plain call looks at budgets of 0.167, then 1",
+        "On 50 rows of teapots/reviews.csv, test, by a model whose plain call looks at budgets of 0.0833, then 1",
     ]:
         assert figure in text
     assert "somebody" not in text
@@ -209,7 +209,7 @@ def test_figures_of_a_plain_call_are_out_of_date_once_its_looks_have_changed(che
     write_json(checkpoint / "config.json", {**config, "looks": [0.125, 1.0], "confidence": [0.6]})
     text = write_model_card(checkpoint).read_text()
     assert "A plain call looks at budgets of 0.125, then 1, until the margin reaches 0.6." in text
-    assert "plain call looks at budgets of 0.167, then 1, until the margin reaches 0.8. OUT OF DATE" in text
+    assert "plain call looks at budgets of 0.0833, then 1, until the margin reaches 0.8. OUT OF DATE" in text
     assert [x.metric_name for x in ModelCard(text).data.eval_results] == ["accuracy, budget 1"]
     assert not drawn(checkpoint), "what no longer holds is not drawn"
     assert "![" not in text

@@ -84,22 +84,22 @@ class Run:
                 best = (same.mean(), budget, threshold)
         return {**self.look(best[1], best[2]), "first": best[1]}
 
-    def tuned(self, level: float, seconds: dict[float, float]) -> dict[str, Any]:
+    def tuned(self, level: float) -> dict[str, Any]:
         """What `tune` promises for that disagreement, and what comes of it."""
         full = self.full["calibration"].argmax(-1)
         found = []
         for budget in FIRST_LOOKS:
             own = self.answers["calibration"][self.find(budget)]
             losses = (own.argmax(-1) != full).astype(int)
-            found.append(FirstLook(budget, budget, seconds.get(budget, budget), margin(own), losses))
+            found.append(FirstLook(budget, budget, budget, margin(own), losses))
         try:
             kept = [test for test in find_looks(found, "disagreement", level) if test.threshold is not None]
         except ValueError:  # rows are too few
             kept = []
-        kept = [test for test in kept if test.seconds < 1.0]
+        kept = [test for test in kept if test.work < 1.0]
         if not kept:
             return {**self.score(self.full["test"].argmax(-1), 1.0), "first": 1.0}
-        best = min(kept, key=lambda test: (test.seconds, test.work))
+        best = min(kept, key=lambda test: test.work)
         return {**self.look(best.budget, best.threshold or 0.0), "first": best.budget}
 
     def exits(self, mean: float) -> dict[str, Any]:
@@ -110,17 +110,51 @@ class Run:
         low, high = 0.0, 1.0
         for _ in range(30):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._leave("calibration", middle)[1] < mean else (low, middle)
-        return self.score(*self._leave("test", low))
+            low, high = (middle, high) if self.leave("calibration", middle)[1].mean() < mean else (low, middle)
+        decided, left = self.leave("test", low)
+        return {**self.score(decided, float(left.mean())), "left": left}
 
-    def _leave(self, split: str, threshold: float) -> tuple[np.ndarray, float]:
+    def leave(self, split: str, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """Answers of early exit, and where each row left, as a share of the layers."""
         decided = self.full[split].argmax(-1).copy()
         cost = np.ones(len(decided))
         for share in sorted(self.answers[split], reverse=True):
             own = self.answers[split][share]
             sure = margin(own) >= threshold
             decided[sure], cost[sure] = own.argmax(-1)[sure], share
-        return decided, float(cost.mean())
+        return decided, cost
+
+
+class Times:
+    """Time of an input, as a share of the full model's, packed; work where it was not measured.
+
+    Args:
+        ratios: As timing.py measures them; None for work alone.
+    """
+
+    def __init__(self, ratios: dict[str, float] | None = None) -> None:
+        self.ratios = ratios or {}
+
+    def constant(self, budget: float) -> float:
+        """Of every input at one budget."""
+        return self.ratios.get(f"constant {budget:.4f}", budget)
+
+    def second_look(self) -> float:
+        """Of an input that goes on to the full model, in the small batch of those that do."""
+        found = []
+        for key, time in self.ratios.items():
+            if key.startswith("look "):
+                budget, share = key.removeprefix("look ").split(", then ")
+                found.append((time - self.constant(float(budget))) / float(share))
+        return float(np.median(found)) if found else 1.0
+
+    def exits(self, mean: float) -> float:
+        """Of early exit at that mean."""
+        return self.ratios.get(f"exits {mean}", mean)
+
+    def looks(self, budget: float, share: float) -> float:
+        """Of a first look, after which `share` of the inputs go on."""
+        return self.constant(budget) + share * self.second_look()
 
 
 def read_runs(work: Path, settings: dict[str, Any]) -> dict[str, dict[str, dict[int, Run]]]:
@@ -146,7 +180,7 @@ def read_runs(work: Path, settings: dict[str, Any]) -> dict[str, dict[str, dict[
     return found
 
 
-def outcomes(runs: dict[str, dict[int, Run]], seed: int, seconds: dict[float, float]) -> dict[str, dict[str, Any]]:
+def outcomes(runs: dict[str, dict[int, Run]], seed: int, times: Times) -> dict[str, dict[str, Any]]:
     """Everything that is compared, of one data set and seed: right, same, cost of each."""
     found: dict[str, dict[str, Any]] = {}
     if run := runs["narrow"].get(seed):
@@ -157,7 +191,10 @@ def outcomes(runs: dict[str, dict[int, Run]], seed: int, seconds: dict[float, fl
         for mean in MEANS:
             found[f"looks {mean}"] = run.looks(mean)
         for level in (0.01, 0.02):
-            found[f"tuned {level}"] = run.tuned(level, seconds)
+            found[f"tuned {level}"] = run.tuned(level)
+        first = 1 / 12
+        share = max(0.0, times.constant(1 / 4) - times.constant(first)) / times.second_look()
+        found["looks in the time of 1/4"] = run.looks(first + share, candidates=(first,))
     for method, budget in (("static 1/2", 1 / 2), ("static 1/4", 1 / 4), ("static 1/8", 1 / 8)):
         if run := runs[method].get(seed):
             found[method] = run.constant(budget)
@@ -195,6 +232,8 @@ PAIRS = (
     ("looks 0.25", "static 1/4"),
     ("looks 0.33", "static 1/4"),
     ("looks 0.25", "constant 1/4"),
+    ("looks in the time of 1/4", "constant 1/4"),
+    ("looks in the time of 1/4", "static 1/4"),
     ("constant 1/4", "static 1/4"),
     ("constant 1/8", "static 1/8"),
     ("looks 0.5", "static 1/2"),
@@ -224,8 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     everything: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     options.output.mkdir(parents=True, exist_ok=True)
     for name, methods in runs.items():
-        ratios = times.get(name, {}).get("ratios", {})
-        seconds = {budget: ratios.get(f"constant {budget:.4f}", budget) for budget in FIRST_LOOKS}
+        seconds = Times(times.get(name, {}).get("ratios", {}))
         table: dict[str, Any] = {}
         for seed in sorted({seed for found in methods.values() for seed in found}):
             found = outcomes(methods, seed, seconds)

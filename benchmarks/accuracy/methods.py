@@ -73,6 +73,11 @@ def by_recipe(budgets: tuple[float, ...], **changes: Any) -> Callable[[Task], An
     return run
 
 
+def exit_head(width: int, labels: int) -> nn.Module:
+    """What answers behind a layer, from the first token's state and the mean of all, together `width` wide."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, labels))
+
+
 def exits(task: Task) -> tuple[dict[str, Answers], float]:
     """Early exit: on the states of each layer of the full model, as it is, a classifier of its own.
 
@@ -84,10 +89,7 @@ def exits(task: Task) -> tuple[dict[str, Answers], float]:
     teacher, labels = np.array(task.taught["teacher_logits"], dtype=np.float32), task.rows.labels
     layers, width = features["train"].shape[1:]
     torch.manual_seed(task.seed)
-    heads = nn.ModuleList(
-        nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, labels))
-        for _ in range(layers)
-    )
+    heads = nn.ModuleList(exit_head(width, labels) for _ in range(layers))
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-3, weight_decay=0.01)
     inputs, target = torch.from_numpy(features["train"]), torch.from_numpy(teacher).softmax(-1)
     epochs = 10

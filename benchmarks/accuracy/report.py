@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accuracy.figures import Times
 
 from hf_budgetformer.tools.plots import new_figure, save_figure
 
@@ -23,8 +24,8 @@ TARGETS: tuple[tuple[str, str, float], ...] = (
     ("looks 0.25 - static 1/4", "agreement", 2.0),
     ("looks 0.33 - static 1/4", "accuracy", 0.4),
     ("looks 0.33 - static 1/4", "agreement", 3.0),
-    ("looks 0.25 - constant 1/4", "accuracy", 0.5),
-    ("looks 0.25 - constant 1/4", "agreement", 2.5),
+    ("looks in the time of 1/4 - constant 1/4", "accuracy", 0.5),
+    ("looks in the time of 1/4 - constant 1/4", "agreement", 2.5),
     ("constant 1/4 - static 1/4", "accuracy", -0.2),
     ("constant 1/8 - static 1/8", "accuracy", -0.3),
     ("looks 0.25 - exits 0.25", "agreement", 1.5),
@@ -32,7 +33,7 @@ TARGETS: tuple[tuple[str, str, float], ...] = (
     ("looks 0.5 - exits 0.5", "agreement", 1.5),
 )
 SERIES = {
-    "looks": (["looks 0.25", "looks 0.33", "looks 0.5"], "o-", "#0072B2"),
+    "looks": (["looks in the time of 1/4", "looks 0.25", "looks 0.33", "looks 0.5"], "o-", "#0072B2"),
     "every input alike": (["constant 1/12", "constant 1/8", "constant 1/6", "constant 1/4"], "s--", "#E69F00"),
     "static pruning, trained for each": (["static 1/8", "static 1/4", "static 1/2"], "^:", "#D55E00"),
     "early exit": (["exits 0.25", "exits 0.33", "exits 0.5"], "v:", "#CC79A7"),
@@ -180,10 +181,11 @@ def plot(path: Path, folder: Path = HERE / "results") -> bool:
     if not summary:
         return False
     figure, axes = new_figure(2, width=10.0, height=4.2)
-    for label, (points, style, colour) in SERIES.items():
-        # Data sets that have every point, so that a line joins like with like.
-        chosen = [x for x in results.values() if all(point in x["results"] for point in points)]
-        if not chosen:
+    chosen = [x for x in results.values() if "looks 0.25" in x["results"]]
+    for label, (wanted, style, colour) in SERIES.items():
+        # What all of them have, so that like is set beside like.
+        points = [point for point in wanted if all(point in x["results"] for x in chosen)]
+        if not points:
             continue
         times, agreements, accuracies = [], [], []
         for point in points:
@@ -198,22 +200,22 @@ def plot(path: Path, folder: Path = HERE / "results") -> bool:
     for axis, level in zip(axes, (100.0, 0.0), strict=True):
         axis.axhline(level, color="black", linewidth=0.8)
         axis.set_xlim(0.0, None)
-    axes[0].legend(loc="lower right", fontsize=8)
+    axes[1].legend(loc="lower right", fontsize=8)
     save_figure(figure, path)
     return True
 
 
 def time_of(result: dict[str, Any], point: str) -> float:
-    """Of one input, as a share of the full model's time, packed; cost where it was not measured."""
-    measured = (result.get("measured_time") or {}).get("ratios", {})
-    cost: float = result["means"][point]["cost"]
+    """Of one input, as a share of the full model's time, packed; work where it was not measured."""
+    times = Times((result.get("measured_time") or {}).get("ratios"))
     kind, _, amount = point.partition(" ")
-    if kind == "constant" or kind == "static":
+    if kind in ("constant", "static"):
         top, _, bottom = amount.partition("/")
-        return float(measured.get(f"constant {float(top) / float(bottom):.4f}", cost))
+        return times.constant(float(top) / float(bottom))
     if kind == "looks":
-        costs = [x["cost"] for x in result["results"][point].values()]
-        firsts = [x["first"] for x in result["results"][point].values()]
-        alone = [measured.get(f"constant {first:.4f}", first) for first in firsts]
-        return float(np.mean([own + cost - first for own, cost, first in zip(alone, costs, firsts, strict=True)]))
+        runs = result["results"][point].values()
+        return float(np.mean([times.looks(x["first"], x["cost"] - x["first"]) for x in runs]))
+    if kind == "exits":
+        return times.exits(float(amount))
+    cost: float = result["means"][point]["cost"]
     return cost

@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "routers.json")
     parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the networks are tiny
     runs = read_runs(options.work, read_json(options.settings))
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     used = []

@@ -11,9 +11,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import datasets
 import numpy as np
 import torch
+from accuracy.figures import MEANS, read_runs
+from accuracy.methods import exit_head
 from accuracy.rows import read_rows
 from inputs import keep_quiet, load_tokenizer, minilm
 from measure import environment, interleave, read_json, spread, stopwatch
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from hf_budgetformer import BudgetFormerForSequenceClassification
@@ -27,7 +30,7 @@ LOOKS = ((1 / 6, 0.0833), (1 / 12, 0.1667), (1 / 6, 0.1633), (1 / 12, 0.2467), (
 ROWS = 256
 
 
-def time_rows(rows: datasets.Dataset, repeats: int) -> dict[str, float]:
+def time_rows(rows: datasets.Dataset, repeats: int, leaving: dict[float, np.ndarray]) -> dict[str, float]:
     """Shares of the full model's time, packed, in batches of 32 as they come: medians of the rounds."""
     columns = [x for x in rows.column_names if x in ("input_ids", "token_type_ids", "attention_mask")]
     batches = []
@@ -55,11 +58,52 @@ def time_rows(rows: datasets.Dataset, repeats: int) -> dict[str, float]:
     for budget, share in LOOKS:
         threshold = float(np.quantile(sure[budget], share))
         variants[f"look {budget:.4f}, then {share}"] = run(ours, [budget, 1.0], threshold)
+    layers, width = ours.config.num_hidden_layers, ours.config.hidden_size
+    heads = nn.ModuleList(exit_head(2 * width, ours.num_labels) for _ in range(layers - 1)).eval()
+
+    def leave(left: np.ndarray) -> Any:
+        @torch.no_grad()
+        def go() -> None:
+            for number, batch in enumerate(batches):
+                exit_early(ours, heads, batch, left[32 * number : 32 * number + len(batch["input_ids"])])
+
+        return stopwatch(go)
+
+    for mean, left in leaving.items():
+        variants[f"exits {mean}"] = leave(left)
     times = interleave(variants, repeats)
     found = {}
     for key, own in times.items():
         found[key] = spread([x / full for x, full in zip(own, times["full"], strict=True)])["median"]
     return found
+
+
+def exit_early(model: Any, heads: nn.ModuleList, batch: dict[str, torch.Tensor], left: np.ndarray) -> None:
+    """The full model, packed, layer by layer: behind each a classifier answers, and some inputs leave.
+
+    Args:
+        model: A BudgetFormer.
+        heads: One for each layer but the last.
+        batch: Of B rows.
+        left: (B,): the share of the layers behind which each leaves.
+    """
+    base = model.base_model
+    embedded = base.embed(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"), *[None] * 4, {})
+    hidden, packed, places = embedded.hidden, embedded.batch, np.arange(len(left))
+    layers = base.encoder.layer
+    for number, layer in enumerate(layers, 1):
+        hidden = layer(hidden, attention_mask=None, sequences=packed.sequences)
+        if number == len(layers):
+            model.classifier(base.pooler(packed.first(hidden)[:, None]))
+            return
+        states = packed.pad(hidden)
+        heads[number - 1](torch.cat([packed.first(hidden), states.mean(1)], -1)).softmax(-1)
+        stay = np.flatnonzero(left[places] > number / len(layers) + 1e-6)
+        if not len(stay):
+            return
+        if len(stay) < len(places):
+            hidden, packed = packed.select(hidden, torch.from_numpy(stay))
+            places = places[stay]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -78,10 +122,13 @@ def main(arguments: list[str] | None = None) -> None:
     settings = read_json(options.settings)
     path = options.work / "timing.json"
     found: dict[str, Any] = read_json(path) if path.exists() else {}
+    runs = read_runs(options.work, settings)
     for name in options.data_sets or settings["data"]:
         own = settings["data"][name]
         limits = {"calibration": 1, "test": ROWS, **own, "train": 16}
-        ratios = time_rows(read_rows(options.data, name, limits).test, options.repeats)
+        exits = runs[name]["exits"][0]
+        leaving = {mean: exits.exits(mean)["left"] for mean in MEANS}
+        ratios = time_rows(read_rows(options.data, name, limits).test, options.repeats, leaving)
         found[name] = {"threads": options.threads, "environment": environment(), "ratios": ratios}
         print(name, {key: round(value, 3) for key, value in ratios.items()}, flush=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
