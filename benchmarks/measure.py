@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
@@ -111,6 +111,11 @@ class Agreement:
     def to_dict(self) -> dict[str, float]:
         """For the result."""
         return {"tolerance": self.tolerance, "max_difference": self.worst, "checks": self.checks}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
 def _git(*arguments: str) -> str:

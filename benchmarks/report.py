@@ -8,6 +8,7 @@ from typing import Any
 from accuracy.report import kept
 from accuracy.report import plot as accuracy_plot
 from accuracy.report import tables as accuracy_tables
+from measure import table
 from paper.report import tables as paper_tables
 
 from hf_budgetformer.tools.plots import new_figure, save_figure
@@ -33,11 +34,6 @@ NOTHING = "\nThere are no measurements of speed yet: `make bench-full` makes the
 def times(spread: dict[str, float] | None) -> str:
     """A ratio with its quartiles."""
     return "-" if spread is None else f"{spread['median']:.2f}x [{spread['q1']:.2f}-{spread['q3']:.2f}]"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
 def thread_counts(result: dict[str, Any]) -> list[str]:

@@ -15,18 +15,19 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import datasets
 import numpy as np
 import torch
-from accuracy.figures import margin, softmax
+from accuracy.figures import MEANS, margin
 from accuracy.fits import ask
 from accuracy.otherwise import DEFAULTS, augment, train_by_recipe
 from accuracy.rows import Rows, read_rows
 from inputs import keep_quiet
-from measure import read_json
+from measure import environment, read_json
 from transformers import AutoModelForSequenceClassification
+
+from hf_budgetformer.losses import teacher_divergence
 
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = {"1/4": 1 / 4, "1/6": 1 / 6, "1/12": 1 / 12}
-MEANS = (0.25, 0.33, 0.5)
 
 
 def score(narrow: np.ndarray, full: np.ndarray, labels: np.ndarray, budget: float) -> dict[str, Any]:
@@ -38,8 +39,8 @@ def score(narrow: np.ndarray, full: np.ndarray, labels: np.ndarray, budget: floa
         labels: (N,).
         budget: Of the look.
     """
-    expected, shares = full.argmax(-1), softmax(full)
-    divergence = (shares * (np.log(shares + 1e-12) - np.log(softmax(narrow) + 1e-12))).sum(-1)
+    expected = full.argmax(-1)
+    divergence = teacher_divergence(torch.from_numpy(narrow), torch.from_numpy(full), "single_label_classification")
 
     def of(answers: np.ndarray) -> dict[str, float]:
         return {"accuracy": float((answers == labels).mean()), "agreement": float((answers == expected).mean())}
@@ -64,8 +65,8 @@ def taught_otherwise(full: Path, rows: Rows, logits: np.ndarray, recipe: dict[st
     if recipe["extra"]:
         extra.append(augment(rows.train, recipe["extra"], recipe["extra_kind"], seed))
     train = train.select_columns([*columns, "teacher_logits"])
-    teacher = AutoModelForSequenceClassification.from_pretrained(full)
     for part in extra:
+        teacher = AutoModelForSequenceClassification.from_pretrained(full)
         more = part.select_columns(columns)
         more = more.add_column("teacher_logits", ask(teacher, more).tolist()).cast(train.features)
         train = datasets.concatenate_datasets([train, more])
@@ -104,6 +105,7 @@ def main() -> None:
                 for label, budget in BUDGETS.items():
                     found[label] = score(ask(model, rows.calibration, budget=budget), full, labels, budget)
                 about = {"data": name, "trial": trial, "seed": seed, "recipe": trials[trial], "seconds": round(seconds)}
+                about |= {"sha256": rows.sha256, "environment": environment()}
                 target.parent.mkdir(exist_ok=True)
                 target.write_text(json.dumps({**about, **found}, indent=1) + "\n")
                 told = "; ".join(f"{x} {found[x]['agreement']:.4f}, {found[x]['divergence']:.4f}" for x in BUDGETS)

@@ -4,20 +4,22 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import numpy as np
+import torch
 from measure import environment, read_json
 
-from hf_budgetformer.tools.tuning import FirstLook, find_looks
+from hf_budgetformer.budgets import confidence
+from hf_budgetformer.tools.tuning import FirstLook, best_looks, find_looks
 
 
 HERE = Path(__file__).resolve().parent
 MEANS = (0.25, 0.33, 0.5)
+LEVELS = (0.01, 0.02)
 FIRST_LOOKS = (1 / 4, 1 / 6, 1 / 12)
 REPLICATES = 2000
 
@@ -29,9 +31,13 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def margin(logits: np.ndarray) -> np.ndarray:
-    """Between the two best probabilities, (N,)."""
-    best = np.sort(softmax(logits), -1)
-    return best[:, -1] - best[:, -2]
+    """How sure the product is of an answer, (N,)."""
+    return confidence(torch.from_numpy(logits), None).numpy()
+
+
+def stem(method: str, seed: int | str) -> str:
+    """Name, without its ending, of the file in which run.py keeps what a method answered; "*" for all seeds."""
+    return f"{method.replace(' ', '-').replace('/', '_')}-{seed}"
 
 
 class Run:
@@ -41,12 +47,17 @@ class Run:
         answers: Logits by split and cost.
         full: The full model's logits, by split.
         labels: By split.
+        seconds: Of training.
     """
 
     def __init__(
-        self, answers: dict[str, dict[float, np.ndarray]], full: dict[str, np.ndarray], labels: dict[str, np.ndarray]
-    ):
-        self.answers, self.full, self.labels = answers, full, labels
+        self,
+        answers: dict[str, dict[float, np.ndarray]],
+        full: dict[str, np.ndarray],
+        labels: dict[str, np.ndarray],
+        seconds: float = 0.0,
+    ) -> None:
+        self.answers, self.full, self.labels, self.seconds = answers, full, labels, seconds
 
     def score(self, decided: np.ndarray, cost: float) -> dict[str, Any]:
         """Of answers to the test rows: right and same, (N,) bool, and what they cost."""
@@ -62,10 +73,10 @@ class Run:
         """The key that is meant."""
         return min(self.answers["test"], key=lambda share: abs(share - budget))
 
-    def look(self, budget: float, threshold: float, confidence: Callable[..., np.ndarray] = margin) -> dict[str, Any]:
+    def look(self, budget: float, threshold: float) -> dict[str, Any]:
         """A first look, and the full model where it is less confident than `threshold`."""
         own = self.answers["test"][self.find(budget)]
-        doubted = confidence(own) < threshold
+        doubted = margin(own) < threshold
         decided = np.where(doubted, self.full["test"].argmax(-1), own.argmax(-1))
         return self.score(decided, budget + doubted.mean())
 
@@ -93,13 +104,11 @@ class Run:
             losses = (own.argmax(-1) != full).astype(int)
             found.append(FirstLook(budget, budget, budget, margin(own), losses))
         try:
-            kept = [test for test in find_looks(found, "disagreement", level) if test.threshold is not None]
+            best = best_looks(find_looks(found, "disagreement", level), "disagreement")
         except ValueError:  # rows are too few
-            kept = []
-        kept = [test for test in kept if test.work < 1.0]
-        if not kept:
+            best = None
+        if best is None or best.budget == 1.0:
             return {**self.score(self.full["test"].argmax(-1), 1.0), "first": 1.0}
-        best = min(kept, key=lambda test: test.work)
         return {**self.look(best.budget, best.threshold or 0.0), "first": best.budget}
 
     def exits(self, mean: float) -> dict[str, Any]:
@@ -167,15 +176,14 @@ def read_runs(work: Path, settings: dict[str, Any]) -> dict[str, dict[str, dict[
         full, labels = dict(np.load(folder / "full" / "logits.npz")), dict(np.load(folder / "labels.npz"))
         found[name] = defaultdict(dict)
         for method in settings["methods"]:
-            for path in sorted(folder.glob(f"{method.replace(' ', '-').replace('/', '_')}-[0-9].npz")):
+            for path in sorted(folder.glob(f"{stem(method, '[0-9]')}.npz")):
                 answers: dict[str, dict[float, np.ndarray]] = {"calibration": {}, "test": {}}
                 stored = np.load(path)
                 for key in stored.files:
                     if key != "seconds":
                         split, share = key.split(" ")
                         answers[split][float(share)] = stored[key]
-                run = Run(answers, full, labels)
-                run.seconds = float(stored["seconds"])
+                run = Run(answers, full, labels, float(stored["seconds"]))
                 found[name][method][int(path.stem[-1])] = run
     return found
 
@@ -190,7 +198,7 @@ def outcomes(runs: dict[str, dict[int, Run]], seed: int, times: Times) -> dict[s
             found[f"constant {label}"] = run.constant(budget)
         for mean in MEANS:
             found[f"looks {mean}"] = run.looks(mean)
-        for level in (0.01, 0.02):
+        for level in LEVELS:
             found[f"tuned {level}"] = run.tuned(level)
         first = 1 / 12
         share = max(0.0, times.constant(1 / 4) - times.constant(first)) / times.second_look()
@@ -249,6 +257,58 @@ PAIRS = (
 )
 
 
+Outcomes = dict[str, dict[str, Any]]
+
+
+def describe_runs(work: Path, name: str, methods: dict[str, dict[int, Run]]) -> dict[str, Any]:
+    """What is known of one data set beside its results: rows, files, seconds of training."""
+    full, labels = np.load(work / name / "full" / "logits.npz"), np.load(work / name / "labels.npz")
+    teacher = float(full["teacher_seconds"]) if "teacher_seconds" in full else None
+    seconds: dict[str, Any] = {"full": float(full["seconds"]), "teacher": teacher}
+    for method, runs in methods.items():
+        seconds[method] = {seed: round(run.seconds, 1) for seed, run in runs.items()}
+    rows = {split: len(labels[split]) for split in labels.files}
+    return {"rows": rows, "sha256": read_json(work / name / "sha256.json"), "seconds": seconds}
+
+
+def tabulate(outcomes_by_seed: dict[int, Outcomes]) -> dict[str, dict[int, dict[str, float]]]:
+    """By what is compared and seed: accuracy, agreement, cost, and the first look where there is one."""
+    table: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+    for seed, found in outcomes_by_seed.items():
+        for label, x in found.items():
+            row = {"accuracy": round(float(x["right"].mean()), 5), "agreement": round(float(x["same"].mean()), 5)}
+            row["cost"] = round(float(x["cost"]), 4)
+            if "first" in x:
+                row["first"] = round(x["first"], 4)
+            table[label][seed] = row
+    return table
+
+
+def compare(first: str, second: str, everything: dict[tuple[str, int], Outcomes]) -> dict[str, Any] | None:
+    """Mean differences in points with their intervals, over the runs that have both; None where there is none."""
+    both = {key: found for key, found in everything.items() if first in found and second in found}
+    if not both:
+        return None
+    entry: dict[str, Any] = {"runs": len(both), "data_sets": len({name for name, _ in both})}
+    for kind, name in (("right", "accuracy"), ("same", "agreement")):
+        differences = [found[first][kind].astype(int) - found[second][kind].astype(int) for found in both.values()]
+        entry[name] = round(100 * float(np.mean([x.mean() for x in differences])), 2)
+        entry[f"{name}_interval"] = interval(differences)
+    return entry
+
+
+def try_promise(level: float, everything: dict[tuple[str, int], Outcomes]) -> dict[str, Any]:
+    """In how many runs it was kept on the test rows, and what it cost."""
+    tuned = [found[f"tuned {level}"] for found in everything.values() if f"tuned {level}" in found]
+    differ = [float((~x["same"]).mean()) for x in tuned]
+    return {
+        "runs": len(tuned),
+        "kept": sum(share <= level for share in differ),
+        "mean_cost": round(float(np.mean([x["cost"] for x in tuned])), 4),
+        "disagreement": round(float(np.mean(differ)), 5),
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -257,86 +317,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
     options = parser.parse_args(arguments)
     settings = read_json(options.settings)
-    runs = read_runs(options.work, settings)
     timing = options.work / "timing.json"
-    times = json.loads(timing.read_text()) if timing.exists() else {}
-    everything: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    times = read_json(timing) if timing.exists() else {}
+    everything: dict[tuple[str, int], Outcomes] = {}
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, methods in runs.items():
-        seconds = Times(times.get(name, {}).get("ratios", {}))
-        table: dict[str, Any] = {}
-        for seed in sorted({seed for found in methods.values() for seed in found}):
-            found = outcomes(methods, seed, seconds)
-            everything[name, seed] = found
-            for label, x in found.items():
-                table.setdefault(label, {})[seed] = {
-                    "accuracy": round(float(x["right"].mean()), 5),
-                    "agreement": round(float(x["same"].mean()), 5),
-                    "cost": round(float(x["cost"]), 4),
-                    **({"first": round(x["first"], 4)} if "first" in x else {}),
-                }
-        full = dict(np.load(options.work / name / "full" / "logits.npz"))
-        trained = {
-            method: {seed: round(run.seconds, 1) for seed, run in found.items()} for method, found in methods.items()
-        }
-        labels = dict(np.load(options.work / name / "labels.npz"))
-        values = {
-            "data": name,
-            "settings": settings["data"][name],
-            "rows": {split: len(x) for split, x in labels.items()},
-            "environment": environment(),
-            "seconds": {
-                "full": float(full["seconds"]),
-                "teacher": float(full["teacher_seconds"]) if "teacher_seconds" in full else None,
-                **trained,
-            },
-            "measured_time": times.get(name),
-            "results": table,
-        }
+    for name, methods in read_runs(options.work, settings).items():
+        ratios = Times(times.get(name, {}).get("ratios"))
+        seeds = sorted({seed for runs in methods.values() for seed in runs})
+        found = {seed: outcomes(methods, seed, ratios) for seed in seeds}
+        everything |= {(name, seed): x for seed, x in found.items()}
+        values = {"data": name, "settings": {**settings["data"][name], "narrow": settings["narrow"]}}
+        values |= {"environment": environment(), **describe_runs(options.work, name, methods)}
+        values |= {"measured_time": times.get(name), "results": tabulate(found)}
         (options.output / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
-    summary: dict[str, Any] = {"pairs": {}, "means": {}, "promises": {}}
-    for first, second in PAIRS:
-        both = [found for found in everything.values() if first in found and second in found]
-        if not both:
-            continue
-        entry: dict[str, Any] = {
-            "runs": len(both),
-            "data_sets": len({key[0] for key, found in everything.items() if first in found and second in found}),
-        }
-        for kind, name in (("right", "accuracy"), ("same", "agreement")):
-            differences = [found[first][kind].astype(int) - found[second][kind].astype(int) for found in both]
-            entry[name] = round(100 * float(np.mean([x.mean() for x in differences])), 2)
-            entry[f"{name}_interval"] = interval(differences)
-        summary["pairs"][f"{first} - {second}"] = entry
-    labels_of = dict.fromkeys(label for found in everything.values() for label in found)
-    for label in labels_of:
-        chosen = [found[label] for found in everything.values() if label in found]
-        per = defaultdict(list)
-        for (name, _), found in everything.items():
-            if label in found:
-                per[name].append((found[label]["right"].mean(), found[label]["same"].mean(), found[label]["cost"]))
-        of_sets = np.array([np.mean(values, axis=0) for values in per.values()])
-        summary["means"][label] = {
-            "runs": len(chosen),
-            "data_sets": len(per),
-            "accuracy": round(float(of_sets[:, 0].mean()), 4),
-            "agreement": round(float(of_sets[:, 1].mean()), 4),
-            "cost": round(float(of_sets[:, 2].mean()), 4),
-        }
-    for level in (0.01, 0.02):
-        chosen = [found[f"tuned {level}"] for found in everything.values() if f"tuned {level}" in found]
-        if chosen:
-            summary["promises"][str(level)] = {
-                "runs": len(chosen),
-                "kept": sum(bool((~x["same"]).mean() <= level) for x in chosen),
-                "mean_cost": round(float(np.mean([x["cost"] for x in chosen])), 4),
-                "disagreement": round(float(np.mean([(~x["same"]).mean() for x in chosen])), 5),
-            }
+    pairs = {f"{first} - {second}": compare(first, second, everything) for first, second in PAIRS}
+    summary = {
+        "pairs": {pair: entry for pair, entry in pairs.items() if entry},
+        "promises": {str(level): try_promise(level, everything) for level in LEVELS},
+    }
     (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for pair, entry in summary["pairs"].items():
-        print(f"{pair:45s} {entry}")
-    for label, entry in summary["means"].items():
-        print(f"{label:35s} {entry}")
+        print(f"{pair:50s} {entry}")
     print(summary["promises"])
 
 

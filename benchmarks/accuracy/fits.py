@@ -2,13 +2,16 @@
 
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from inputs import load_tokenizer
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers import BatchEncoding, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+
+from hf_budgetformer.tools.batching import batches_by_length
 
 
 def fit(
@@ -62,18 +65,25 @@ def fit(
 
 
 @torch.no_grad()
-def ask(model: Any, rows: Dataset, batch_size: int = 32, **call: Any) -> np.ndarray:
-    """Logits of every row, (N, num_labels) float32, in batches of like length; the mode stays as it was."""
-    ids = [len(x) for x in rows["input_ids"]]
-    order = np.argsort(ids, kind="stable")
-    columns = [name for name in rows.column_names if name in ("input_ids", "token_type_ids", "attention_mask")]
-    logits = np.zeros((len(rows), model.config.num_labels), dtype=np.float32)
+def collect(model: Any, rows: Dataset, read: Callable[[BatchEncoding], torch.Tensor], size: int = 32) -> np.ndarray:
+    """What `read` makes of every row, (N, ...) float32, in batches of like length.
+
+    Args:
+        model: In eval mode meanwhile; its mode comes back.
+        rows: Tokenized.
+        read: From a batch of B rows to (B, ...).
+        size: Rows in a batch.
+    """
+    found: list[Any] = [None] * len(rows)
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        found = rows[places.tolist()]
-        batch = load_tokenizer().pad({name: found[name] for name in columns}, return_tensors="pt")
-        logits[places] = model(**batch, **call).logits.float().numpy()
+    for places, batch in batches_by_length(rows[:], load_tokenizer(), size):
+        for place, value in zip(places, read(batch).float().numpy(), strict=True):
+            found[place] = value
     model.train(was_training)
-    return logits
+    return np.stack(found)
+
+
+def ask(model: Any, rows: Dataset, **call: Any) -> np.ndarray:
+    """Logits of every row, (N, num_labels) float32."""
+    return collect(model, rows, lambda batch: model(**batch, **call).logits)

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy.fits import ask, fit
+from accuracy.fits import ask, collect, fit
 from accuracy.otherwise import train_by_recipe
 from accuracy.rows import Rows
-from inputs import load_tokenizer
 from torch import nn
 from torch.nn import functional as F
 
@@ -120,31 +119,27 @@ def _pooled(model: Any, rows: Any, budget: float) -> np.ndarray:
     """What the narrow encoder's head reads, at that budget: (N, D)."""
     found: list[torch.Tensor] = []
     hook = model.narrow.pooler.register_forward_hook(lambda module, inputs, output: found.append(output))
-    order = np.argsort([len(x) for x in rows["input_ids"]], kind="stable")
-    ask(model, rows, budget=budget)
-    hook.remove()
-    states = np.zeros((len(rows), found[0].shape[-1]), dtype=np.float32)
-    states[order] = torch.cat(found).numpy()
-    return states
+
+    def read(batch: Any) -> torch.Tensor:
+        model(**batch, budget=budget)
+        return found.pop()
+
+    try:
+        return collect(model, rows, read)
+    finally:
+        hook.remove()
 
 
-@torch.no_grad()
 def _states(model: Any, rows: Any) -> np.ndarray:
     """First token and mean of all tokens behind each layer but the last: (N, layers - 1, 2 D) float32."""
-    order = np.argsort([len(x) for x in rows["input_ids"]], kind="stable")
-    found: list[Any] = [None] * len(rows)
-    columns = [name for name in rows.column_names if name in ("input_ids", "token_type_ids", "attention_mask")]
-    for start in range(0, len(order), 32):
-        places = order[start : start + 32].tolist()
-        chosen = rows[places]
-        batch = load_tokenizer().pad({name: chosen[name] for name in columns}, return_tensors="pt")
+
+    def read(batch: Any) -> torch.Tensor:
         out = model.base_model(**batch, output_hidden_states=True)
-        mask = batch["attention_mask"][..., None].float()
-        states = torch.stack(out.hidden_states[1:-1], 1)
-        mean = (states * mask[:, None]).sum(2) / mask.sum(1)[:, None]
-        for place, state in zip(places, torch.cat([states[:, :, 0], mean], -1), strict=True):
-            found[place] = state.numpy()
-    return np.stack(found)
+        mask = batch["attention_mask"][:, None, :, None].float()  # (B, 1, L, 1)
+        states = torch.stack(out.hidden_states[1:-1], 1)  # (B, layers - 1, L, D)
+        return torch.cat([states[:, :, 0], (states * mask).sum(2) / mask.sum(2)], -1)
+
+    return collect(model, rows, read)
 
 
 def routers(task: Task) -> tuple[dict[str, Answers], float]:

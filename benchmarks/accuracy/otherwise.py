@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy.fits import fit
+from accuracy.fits import collect, fit
 from datasets import Dataset
 from inputs import load_tokenizer
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ from hf_budgetformer import BudgetFormerForSequenceClassification
 from hf_budgetformer.losses import teacher_divergence
 from hf_budgetformer.narrow import Importance
 from hf_budgetformer.tools.narrowing import unit_importance
+from hf_budgetformer.tools.training import mix_rows
 
 
 DEFAULTS: dict[str, Any] = {
@@ -31,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "hidden_weight": 1.0,
     "fold": False,
     "extra": 0,
-    "extra_kind": "mix",
+    "extra_kind": "swap",
     "spare": False,
     "temperature": 1.0,
     "batch_size": 32,
@@ -54,8 +55,8 @@ def opening_order(kind: str, config: Any, importance: list[Importance] | None = 
 
     Args:
         kind: "default", the model's own; "equal"; "heads3" or "neurons2", times the share; "late" and "early", wider
-            there; "layers", whole ones;
-            "skip:4.5", sublayers closed until the others are full; "global", by importance for a FLOP.
+            there; "layers", whole ones; "skip:4.5", sublayers closed until the others are full; "global", by
+            importance for a FLOP.
         config: Of the model.
         importance: For "global".
     """
@@ -119,61 +120,39 @@ def fold_means(model: Any, rows: Dataset, importance: list[Importance]) -> None:
         own.down.bias += full.output.dense.weight[:, rest] @ (sums[2 * n + 1][rest] / count)
 
 
-@torch.no_grad()
 def states(model: Any, rows: Dataset, kind: str) -> np.ndarray:
-    """First token's hidden states of the full model: (N, K, D)."""
-    found = [None] * len(rows)
-    order = np.argsort([len(x) for x in rows["input_ids"]], kind="stable")
-    model.eval()
-    for start in range(0, len(order), 32):
-        places = order[start : start + 32].tolist()
-        [batch] = batches(rows.select(places))
+    """First token's states of the full model, (N, K, D): "pooled", of the last layer "cls", of all "layers"."""
+
+    def read(batch: Any) -> torch.Tensor:
         out = model.base_model(**batch, output_hidden_states=True)
         if kind == "pooled":
-            got = out.pooler_output[:, None]
-        else:
-            got = torch.stack([h[:, 0] for h in out.hidden_states[1:]], 1)
-            got = got[:, -1:] if kind == "cls" else got
-        for place, x in zip(places, got, strict=True):
-            found[place] = x.numpy()
-    return np.stack(found)
+            return out.pooler_output[:, None]
+        hidden = out.hidden_states[-1:] if kind == "cls" else out.hidden_states[1:]
+        return torch.stack([layer[:, 0] for layer in hidden], 1)
+
+    return collect(model, rows, read)
 
 
 def augment(rows: Dataset, times: int, kind: str, seed: int) -> Dataset:
-    """Training rows with words masked, or halves of two mixed; without labels."""
-    draw = random.Random(seed)
-    ids = rows["input_ids"]
-    types = rows["token_type_ids"] if "token_type_ids" in rows.column_names else [[0] * len(x) for x in ids]
-    new_ids, new_types = [], []
-    mask = load_tokenizer().mask_token_id
-    for _ in range(times):
-        for own, own_types in zip(ids, types, strict=True):
-            if kind == "mask":
-                changed = [mask if draw.random() < 0.15 and x not in (101, 102) else x for x in own]
-                new_ids.append(changed)
-                new_types.append(own_types)
-            elif kind == "swap":  # a span of another row's words in place of own words
-                other = ids[draw.randrange(len(ids))]
-                changed = list(own)
-                inner = [n for n, x in enumerate(own) if x not in (101, 102)]
-                words = [x for x in other if x not in (101, 102)]
-                span = max(1, int(len(inner) * draw.uniform(0.15, 0.5)))
-                if inner and words:
-                    at = draw.randrange(max(1, len(inner) - span + 1))
-                    start = draw.randrange(max(1, len(words) - span + 1))
-                    for n, x in zip(inner[at : at + span], words[start : start + span], strict=False):
-                        changed[n] = x
-                new_ids.append(changed)
-                new_types.append(own_types)
-            elif kind == "drop":
-                keep = [n for n, x in enumerate(own) if x in (101, 102) or draw.random() > 0.2]
-                new_ids.append([own[n] for n in keep])
-                new_types.append([own_types[n] for n in keep])
-            else:
-                raise ValueError(kind)
-    return Dataset.from_dict(
-        {"input_ids": new_ids, "token_type_ids": new_types, "attention_mask": [[1] * len(x) for x in new_ids]}
-    )
+    """New rows of training rows, without labels: "swap", mixed as by the recipe, words under the "mask", or "drop"."""
+    if kind == "swap":
+        return mix_rows(rows, times, load_tokenizer(), seed)
+    draw, tokenizer = random.Random(seed), load_tokenizer()
+    special, mask = set(tokenizer.all_special_ids), tokenizer.mask_token_id
+    columns = [name for name in rows.column_names if name in tokenizer.model_input_names]
+
+    def change(row: dict[str, list[int]]) -> dict[str, list[int]]:
+        if kind == "mask":
+            hit = [token not in special and draw.random() < 0.15 for token in row["input_ids"]]
+            ids = [mask if gone else token for token, gone in zip(row["input_ids"], hit, strict=True)]
+            return {**row, "input_ids": ids}
+        if kind == "drop":
+            stays = [token in special or draw.random() > 0.2 for token in row["input_ids"]]
+            return {name: [x for x, stay in zip(values, stays, strict=True) if stay] for name, values in row.items()}
+        raise ValueError(f"extra_kind must be one of 'swap', 'mask', 'drop', got {kind!r}.")
+
+    given = rows.select_columns(columns)
+    return Dataset.from_list([change(row) for _ in range(times) for row in given], features=given.features)
 
 
 class NarrowTrainer(Trainer):
@@ -282,15 +261,14 @@ def _start_anew(narrow: Any, seed: int) -> None:
 
 def fisher_importance(model: Any, rows: Dataset) -> list[Importance]:
     """Mean square of the gates' gradients, row by row."""
-    found = None
+    found: Any = None
     for batch in batches(rows, 1):
         one = unit_importance(model, [batch])
         squares = [Importance(x.heads.square(), x.neurons.square()) for x in one]
-        found = (
-            squares
-            if found is None
-            else [Importance(a.heads + b.heads, a.neurons + b.neurons) for a, b in zip(found, squares, strict=True)]
-        )
+        if found is not None:
+            pairs = zip(found, squares, strict=True)
+            squares = [Importance(a.heads + b.heads, a.neurons + b.neurons) for a, b in pairs]
+        found = squares
     return found
 
 

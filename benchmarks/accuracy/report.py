@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from accuracy.figures import Times
+from measure import table
 
 from hf_budgetformer.tools.plots import new_figure, save_figure
 
@@ -52,11 +53,6 @@ def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             figures = ("accuracy", "agreement", "cost")
             result["means"][label] = {x: float(np.mean([run[x] for run in seeds.values()])) for x in figures}
     return found, summary
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
 def tables(folder: Path = HERE / "results") -> str:
@@ -146,7 +142,7 @@ def kept(folder: Path = HERE / "results") -> str:
 
 
 def trials_table(folder: Path) -> str:
-    """Each trial of the recipe beside the plainest one on the same data sets and seeds."""
+    """Each trial of the recipe, on its data sets and seeds."""
     trials: dict[str, dict[tuple[str, int], Any]] = defaultdict(dict)
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())

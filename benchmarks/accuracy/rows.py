@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ _SEED = 0
 
 @dataclass
 class Rows:
-    """A data set: `train`, `calibration`, `test` with `input_ids` and `labels`, and `spare` without labels.
+    """A data set: `train`, `calibration` and `test`, tokenized, with `labels`.
 
     Args:
         train: What the full model is trained on.
         calibration: For choices and promises; no model is trained on them.
         test: Looked at when everything is decided.
-        spare: Training rows beyond `train`, as unlabelled text.
+        beyond: Training rows beyond `train`, as they are: trials alone need them, see `spare`.
+        max_length: In tokens.
         labels: Number of labels.
         sha256: Of the files, by split.
     """
@@ -31,9 +33,15 @@ class Rows:
     train: Dataset
     calibration: Dataset
     test: Dataset
-    spare: Dataset
+    beyond: Dataset
+    max_length: int
     labels: int
     sha256: dict[str, str]
+
+    @cached_property
+    def spare(self) -> Dataset:
+        """`beyond`, tokenized, as text without labels."""
+        return _tokenize(self.beyond, self.max_length)
 
 
 def _read(path: Path) -> Dataset:
@@ -80,7 +88,8 @@ def read_rows(folder: Path, name: str, settings: dict[str, Any]) -> Rows:
         train=_tokenize(train.take(count), length),
         calibration=_tokenize(concatenate_datasets(parts), length),
         test=_tokenize(test, length),
-        spare=_tokenize(spare, length),
+        beyond=spare,
+        max_length=length,
         labels=labels,
         sha256=sha256,
     )

@@ -6,6 +6,7 @@ What is in the work folder already is not made again. Then `figures.py` makes re
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import datasets
 import numpy as np
 import torch
+from accuracy.figures import stem
 from accuracy.fits import ask, fit
 from accuracy.methods import METHODS, Task
 from accuracy.rows import Rows, read_rows
@@ -33,7 +35,9 @@ SPLITS = ("train", "calibration", "test")
 def full_model(rows: Rows, settings: dict[str, Any], own: dict[str, Any], folder: Path) -> None:
     """Fine-tunes MiniLM, the full model, and keeps it with its logits."""
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(settings.get("model", minilm()), num_labels=rows.labels)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        settings.get("model") or minilm(), num_labels=rows.labels
+    )
     seconds = fit(
         model,
         rows.train,
@@ -94,13 +98,14 @@ def main(arguments: list[str] | None = None) -> None:
             f"{name}: full {(logits['test'].argmax(-1) == labels).mean():.4f}, {float(logits['seconds']):.0f} s",
             flush=True,
         )
+        (folder / "sha256.json").write_text(json.dumps(rows.sha256, indent=1) + "\n")
         if not (folder / "labels.npz").exists():
             np.savez(folder / "labels.npz", **{x: np.array(getattr(rows, x)["labels"]) for x in SPLITS[1:]})
         recipe = settings["narrow"]
         epochs = recipe["steps"] * own["epochs"] / (1 + recipe["mixed"])  # passes over the rows that are taught
         for method, seeds in methods.items():
             for seed in seeds if options.seeds is None else options.seeds:
-                target = folder / f"{method.replace(' ', '-').replace('/', '_')}-{seed}.npz"
+                target = folder / f"{stem(method, seed)}.npz"
                 if target.exists():
                     continue
                 task = Task(full, rows, taught(rows, full, seed, recipe), epochs, recipe, seed)

@@ -14,7 +14,7 @@ import torch
 from accuracy.figures import MEANS, read_runs
 from accuracy.methods import exit_head
 from accuracy.rows import read_rows
-from inputs import keep_quiet, load_tokenizer, minilm
+from inputs import keep_quiet, make_batches, minilm
 from measure import environment, interleave, read_json, spread, stopwatch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -32,11 +32,7 @@ ROWS = 256
 
 def time_rows(rows: datasets.Dataset, repeats: int, leaving: dict[float, np.ndarray]) -> dict[str, float]:
     """Shares of the full model's time, packed, in batches of 32 as they come: medians of the rounds."""
-    columns = [x for x in rows.column_names if x in ("input_ids", "token_type_ids", "attention_mask")]
-    batches = []
-    for start in range(0, len(rows), 32):
-        chosen = rows[start : start + 32]
-        batches.append(load_tokenizer().pad({x: chosen[x] for x in columns}, return_tensors="pt"))
+    batches = make_batches(rows["input_ids"][:], 32, by_length=False)
     stock: Any = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2).eval()
     ours: Any = BudgetFormerForSequenceClassification.from_pretrained(minilm(), num_labels=2, narrow_budget=0.5).eval()
     ours.narrow.steps.fill_(1)

@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from measure import table as markdown
+
 
 # By folder of data: name; accuracy of full attention, of BudgetFormer; FLOPs cut; mean s. All from arXiv 2604.22583.
 PUBLISHED: dict[str, tuple[str, float, float, float, float]] = {
@@ -28,8 +30,8 @@ Results = list[dict[str, Any]]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    return "\n" + "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+    """Markdown, after an empty line."""
+    return "\n" + markdown(head, rows)
 
 
 def values(results: Results, variant: str, *path: str) -> list[Any]:

@@ -240,10 +240,8 @@ class BudgetFormerConfig(PreTrainedConfig):
 
     def validate_promise(self) -> None:
         """A promise says what it is of."""
-        promise, names = (
-            self.promise,
-            {"risk", "level", "confidence", "rows", "looks", "thresholds", "bound", "lost", "doubted"},
-        )
+        promise = self.promise
+        names = {"risk", "level", "confidence", "rows", "looks", "thresholds", "bound", "lost", "doubted"}
         if promise is not None and not (names <= promise.keys() and promise["rows"] >= 1):
             raise ValueError(f"promise must hold {sorted(names)}, as tools.tuning.tune writes it, got {promise}.")
 

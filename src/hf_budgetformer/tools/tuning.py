@@ -432,6 +432,15 @@ def calibrate_margins(
     ours.config.margins = Calibration(model, batches, [budget], full=False).margins(budget)
 
 
+def best_looks(tested: Sequence[TestedLooks], risk: str) -> TestedLooks:
+    """What `find_looks` found cheapest, of a mean budget what differs least; a budget of 1 where nothing saves work."""
+    kept = [test for test in tested if test.threshold is not None and test.work < 1.0]
+    alone = TestedLooks(1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+    if risk == "mean_budget":
+        return min(kept, key=lambda test: (test.risk, test.work), default=alone)
+    return min(kept, key=lambda test: (test.work, test.risk), default=alone)
+
+
 def choose_looks(
     calibration: Calibration, risk: str, level: float, confidence: float = 0.95, labels: np.ndarray | None = None
 ) -> Tuning:
@@ -454,13 +463,7 @@ def choose_looks(
     first_looks = calibration.first_looks(labels if risk == "tolerance" else None)
     tested = find_looks(first_looks, risk, level, confidence)
     rows = len(first_looks[0].losses)
-    kept = [test for test in tested if test.threshold is not None and test.work < 1.0]
-    alone = TestedLooks(1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0)
-    best = min(
-        kept,
-        key=lambda test: (test.risk, test.work) if risk == "mean_budget" else (test.work, test.risk),
-        default=alone,
-    )
+    best = best_looks(tested, risk)
     thresholds = [best.threshold] if best.threshold else []
     looks = [best.budget, 1.0] if thresholds else [best.budget]
     settings = {"risk": risk, "level": level, "confidence": confidence, "rows": rows}
@@ -588,6 +591,7 @@ __all__ = [
     "TestedLooks",
     "Tuning",
     "apply_tuning",
+    "best_looks",
     "calibrate_margins",
     "choose_looks",
     "describe_promise",
