@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .backbones import BACKBONES
+
 
 # Of a plain call on a model whose looks nobody set, and the margin below which an answer is doubted.
 DEFAULT_LOOKS = (1 / 12, 1.0)
@@ -103,7 +105,9 @@ class OpeningOrder:
         # Bounds of the blocks, as even as can be.
         self.bounds = [round(block * config.intermediate_size / blocks) for block in range(blocks + 1)]
         self.head_flops = 8 * config.hidden_size * size + 4 * config.reference_length * size
-        self.neuron_flops = 4 * config.hidden_size
+        # A gated neuron has two rows that it reads by, and one column.
+        gated = BACKBONES[config.backbone_model_type].names.gate is not None
+        self.neuron_flops = (6 if gated else 4) * config.hidden_size
         self.layers = layers
         total = self.head_flops * config.num_attention_heads + self.neuron_flops * config.intermediate_size
         self.total_flops = layers * total

@@ -79,7 +79,7 @@ class BudgetFormerConfig(PreTrainedConfig):
     *budget* is a share of the full encoder's work, (0, 1].
 
     Args:
-        backbone_model_type: Architecture of the encoder, a key of `backbones.BACKBONES`: "bert" or "roberta".
+        backbone_model_type: Architecture of the encoder, a key of `backbones.BACKBONES`: "bert", "roberta" and so on.
         router: What gives each input its budget: "look", a first look by the narrow encoder, or "layer", the paper's
             routers in every layer, which gate heads alone. Default "look".
         narrow_budget: Largest budget of the narrow encoder, in (0, 1]. Default 1/4.
@@ -185,7 +185,14 @@ class BudgetFormerConfig(PreTrainedConfig):
             if kwargs.pop(name, False):
                 raise ValueError(f"{name} must be False, got True: BudgetFormer is an encoder.")
         _refuse_gone(kwargs)
+        for name in BACKBONES[self.backbone_model_type].fields.values():  # see `to_dict`
+            kwargs.pop(name, None)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As upstream; fields that the stock class calls otherwise are there twice, so that it loads our folders."""
+        found: dict[str, Any] = super().to_dict()
+        return {**found, **{x: found[name] for name, x in BACKBONES[self.backbone_model_type].fields.items()}}
 
     def validate_opening_order(self) -> None:
         """The order names sublayers that there are, and no more units than they have."""
@@ -268,6 +275,8 @@ class BudgetFormerConfig(PreTrainedConfig):
             )
         # Through the stock class, so that its defaults and its handling of old files apply.
         adopted = CONFIG_MAPPING[model_type].from_dict(dict(config_dict)).to_dict()
+        ours = {stock: name for name, stock in BACKBONES[model_type].fields.items()}
+        adopted = {ours.get(key, key): value for key, value in adopted.items()}
         dropped = {*_NOT_ADOPTED, *({"id2label", "label2id"} - config_dict.keys())}  # labels only if it names them
         adopted = {key: value for key, value in adopted.items() if key not in dropped}
         if "num_labels" in config_dict:

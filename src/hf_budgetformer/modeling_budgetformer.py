@@ -1,28 +1,29 @@
 """BudgetFormer: a BERT-family encoder, unchanged, and a narrow one beside it that answers the easy inputs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
-from transformers.models.bert.modeling_bert import BertPooler, BertSelfAttention
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
-from .attention import EncoderLayer
-from .backbones import BACKBONES, max_input_length
+from .attention import EVERYTHING, Reach, packed_kind
+from .backbones import BACKBONES, LayerNames, max_input_length, stock_config
 from .budgets import FULL_LOOK, Look, Plan, confidence, has_confidence, plan_budget, plan_looks
 from .configuration_budgetformer import EXECUTOR_CHOICES, BudgetFormerConfig, is_share
 from .losses import attach_loss, hidden_divergence, teacher_divergence
 from .narrow import Importance, NarrowEncoder, copy_parameters
 from .packing import PackedBatch, PaddedBatch, find_packing
-from .relevance import ExplorationSchedule, GateLinear, OwnBudget, RoutedEncoder, Routing
+from .relevance import RoutedEncoder, Routing
 
 
 logger = logging.get_logger(__name__)
@@ -62,21 +63,54 @@ class BudgetFormerClassifierOutput(SequenceClassifierOutput):
 
 @dataclass
 class Embedded:
-    """A batch behind the embeddings: hidden states (T, D) or (B, L, D), how they lie, how many; whether masked."""
+    """A batch behind the embeddings.
+
+    Args:
+        hidden: Hidden states, packed (T, D) or padded (B, L, D).
+        batch: How they lie.
+        rows: How many inputs.
+        mask: (B, L) as it was given, or None.
+        positions: Of the tokens, (T,) or (1 or B, L) int64, where layers need them; else None.
+        masked: Whether closed units are to be computed and multiplied by zero.
+    """
 
     hidden: torch.Tensor
     batch: PackedBatch | PaddedBatch
     rows: int
-    masked: bool
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    masked: bool = False
 
     def select(self, rows: torch.Tensor) -> "Embedded":
         """The inputs `rows` (b,) int64, distinct, alone."""
-        hidden, batch = self.batch.select(self.hidden, rows.to(self.hidden.device))
-        return Embedded(hidden, batch, len(rows), self.masked)
+        rows = rows.to(self.hidden.device)
+        hidden, batch = self.batch.select(self.hidden, rows)
+        positions = self.positions
+        if positions is not None and (positions.dim() == 1 or len(positions) > 1):
+            positions, _ = self.batch.select(positions, rows)
+        mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
+        return Embedded(hidden, batch, len(rows), mask, positions, self.masked)
 
     def detach(self) -> "Embedded":
         """Cut off from the embeddings' gradient."""
-        return Embedded(self.hidden.detach(), self.batch, self.rows, self.masked)
+        return replace(self, hidden=self.hidden.detach())
+
+
+class _Answered:
+    """A stock model whose encoder has answered already: called as itself, it does what stands behind the encoder.
+
+    Args:
+        model: Whose parts and configuration are used.
+        prefix: Where the encoder would be.
+        outputs: What the encoder says.
+    """
+
+    def __init__(self, model: nn.Module, prefix: str, outputs: BaseModelOutputWithPooling) -> None:
+        self._model = model
+        setattr(self, prefix, lambda *_, **__: outputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def _values_are_known() -> bool:
@@ -134,7 +168,7 @@ def _check_budget(budget: Any, batch: int) -> None:
 
 
 class BudgetFormerPreTrainedModel(PreTrainedModel):
-    """What all BudgetFormer models share: weights' names, birth of the narrow encoder, saving, loading, looks."""
+    """What all BudgetFormer models share: the stock parts, birth of the narrow encoder, saving, loading, looks."""
 
     config: BudgetFormerConfig
     base_model_prefix = "bert"
@@ -142,11 +176,13 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
     # Without it Trainer leaves the loss undivided under gradient accumulation, since forward takes **kwargs.
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _no_split_modules = ["BertEmbeddings", "RobertaEmbeddings", "EncoderLayer", "RoutedLayer", "NarrowLayer"]
+    _no_split_modules = ["RoutedLayer", "NarrowLayer"]
+    # Of a task, by their configuration.
+    stock_classes: ClassVar[Mapping[Any, Any]] = MODEL_MAPPING
 
     narrow: NarrowEncoder | None
 
-    def __init__(self, config: BudgetFormerConfig) -> None:
+    def __init__(self, config: BudgetFormerConfig, **kwargs: Any) -> None:
         # By name, for a configuration loaded from the Hub is of another module than this one.
         if getattr(config, "model_type", None) != BudgetFormerConfig.model_type:
             raise TypeError(
@@ -158,22 +194,83 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             raise ValueError("full_encoder must be True with router='layer', got False.")
         super().__init__(config)
         self.backbone = BACKBONES[config.backbone_model_type]
-        # The loader asks the instance: stock checkpoints of either architecture then match without renaming.
-        self.base_model_prefix = self.backbone.prefix
+        if config.router == "layer" and self.backbone.names != LayerNames():
+            raise ValueError(
+                f"router must be 'look' for a backbone of type {config.backbone_model_type!r}, got 'layer': the paper's "
+                "routers are built into BERT's layers."
+            )
         self.training_log: dict[str, torch.Tensor] = {}
+        self._adopt(**kwargs)
+        self.post_init()
+        if self.narrow is not None and config.full_encoder and not self.narrow.steps.is_meta:
+            self.init_narrow()
+        self._freeze()
+
+    def _adopt(self, **kwargs: Any) -> None:
+        """Takes over the parts of the stock model, under their names, and builds the narrow encoder."""
+        config, backbone = self.config, self.backbone
+        # Where layers are of several types, an encoder without any is refused.
+        bare = {"num_hidden_layers": 0 if backbone.rotary is None else 1}
+        stock: Any = self._build_stock(kwargs, **({} if config.full_encoder else bare))
+        self.stock_class = type(stock)
+        # The loader asks the instance: stock checkpoints of any architecture then match without renaming.
+        prefix = self.base_model_prefix = stock.base_model_prefix
+        base = getattr(stock, prefix, stock)
+        if base is stock:
+            setattr(self, prefix, base)
+        elif config.full_encoder:
+            for name, part in stock.named_children():
+                setattr(self, name, part)
+        else:
+            setattr(self, prefix, base)
+        if not config.full_encoder:
+            for name in dict(base.named_children()).keys() - {*backbone.embeddings, backbone.rotary}:
+                setattr(base, name, None)
+            if backbone.rotary:
+                rotary = type(getattr(base, backbone.rotary))(config=stock_config(config))
+                setattr(base, backbone.rotary, rotary)
+        elif config.router == "layer":
+            base.encoder = RoutedEncoder(config)
+        else:
+            for layer in self.full_layers():
+                layer.__class__ = packed_kind(type(layer), config.backbone_model_type, config.num_attention_heads)
+        self.narrow = None
+        if config.router == "look":
+            # Its head is the stock one, made without an encoder.
+            small: Any = self._build_stock(
+                kwargs, **bare, vocab_size=1, pad_token_id=0, max_position_embeddings=1, type_vocab_size=1
+            )
+            pooler = getattr(getattr(small, prefix, small), "pooler", None)
+            if hasattr(small, prefix):
+                delattr(small, prefix)
+            self.narrow = NarrowEncoder(config, pooler, None if base is stock else small)
+
+    def _build_stock(self, kwargs: dict[str, Any], **changes: Any) -> Any:
+        stock = stock_config(self.config, **changes)
+        kind = self.stock_classes[type(stock)]
+        known = inspect.signature(kind.__init__).parameters
+        return kind(stock, **{name: value for name, value in kwargs.items() if name in known})
+
+    def full_layers(self) -> Any:
+        """The full encoder's layers."""
+        return attrgetter(self.backbone.layers)(self.base_model)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (GateLinear, OwnBudget, ExplorationSchedule)):
-            module.init_weights()
-        elif isinstance(module, NarrowEncoder):
+        if isinstance(module, NarrowEncoder):
             init.zeros_(module.steps)
-        else:
+        else:  # those of the stock parts initialise their own
             super()._init_weights(module)
-            if isinstance(module, self.backbone.embeddings):
-                positions, types = module.get_buffer("position_ids"), module.get_buffer("token_type_ids")
-                init.copy_(positions, torch.arange(positions.shape[-1]).expand((1, -1)))
-                init.zeros_(types)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings."""
+        base: Any = self.base_model
+        return base.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the word embeddings."""
+        base: Any = self.base_model
+        base.set_input_embeddings(value)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -216,32 +313,23 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         """
         if self.narrow is None or not self.config.full_encoder:
             raise ValueError("model must have a narrow encoder beside a full one (router='look', not cut).")
-        base: Any = self.base_model
-        self.narrow.copy_units(base.encoder.layer, self.backbone.names, importance)
+        self.narrow.copy_units(self.full_layers(), self.backbone.names, importance)
         self.narrow.steps.zero_()
         self.copy_head()
 
     def copy_head(self) -> None:
-        """Copies pooler and classifier of the full encoder, where there are any."""
-        narrow: Any = self.narrow
-        base: Any = self.base_model
-        for own, full in ((narrow.pooler, base.pooler), (narrow.head, getattr(self, "classifier", None))):
-            if own is not None and full is not None:
+        """Copies what stands behind the full encoder's layers: last norm, pooler and head, where there are any."""
+        narrow, base, norm = self.narrow, self.base_model, self.backbone.final_norm
+        pairs: list[tuple[Any, Any]] = [(narrow.pooler, getattr(base, "pooler", None)), (narrow.head, self)]  # type: ignore[union-attr]
+        if norm is not None:
+            pairs.append((narrow.norm, getattr(base, norm)))  # type: ignore[union-attr]
+        for own, full in pairs:
+            if own is not None:
                 copy_parameters(own, full)
-
-    def _finish(self) -> None:
-        """What every constructor ends with."""
-        self.post_init()
-        if self.narrow is not None and self.config.full_encoder and not self.narrow.steps.is_meta:
-            self.init_narrow()
-        self._freeze()
 
     def _full_parts(self) -> list[nn.Module]:
         """The full encoder and its head."""
-        base: Any = self.base_model
-        parts = [base.embeddings, base.encoder, base.pooler, getattr(self, "dropout", None)]
-        parts.append(getattr(self, "classifier", None))
-        return [part for part in parts if part is not None]
+        return [part for name, part in self.named_children() if name != "narrow"]
 
     def _freeze(self) -> None:
         if self.config.freeze_full and self.narrow is not None and self.config.full_encoder:
@@ -275,6 +363,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
     def is_trained(self) -> bool:
         """Whether the narrow encoder has been trained, by at least a step."""
         return self.narrow is not None and (not self.config.full_encoder or bool(self.narrow.steps > 0))
+
+    # Deciding
 
     def _check_executor(self, executor: str | None) -> str:
         if executor is None:
@@ -331,58 +421,168 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             self._warn_untrained(plan)
         return [plans[share] for share in budget.tolist()]
 
-    def _encode_narrow(self, embedded: Embedded, look: Look) -> torch.Tensor:
+    # Running
+
+    def embed(self, given: dict[str, Any], budget: Any, executor: str | None, kwargs: dict[str, Any]) -> Embedded:
+        """Checks the arguments of `forward`, embeds, and takes padding away where nothing stands against it.
+
+        Args:
+            given: `input_ids`, `attention_mask` and so on, as `forward` takes them, (B, L) each.
+            budget: As `forward` takes it.
+            executor: As `forward` takes it.
+            kwargs: Further arguments of `forward`.
+        """
+        given = dict(given)
+        mask = given.pop("attention_mask", None)
+        input_ids, position_ids, inputs_embeds = (given[x] for x in ("input_ids", "position_ids", "inputs_embeds"))
+        _check_inputs(self.config, input_ids, mask, position_ids, inputs_embeds, kwargs)
+        tokens: Any = inputs_embeds if input_ids is None else input_ids
+        if budget is not None:
+            _check_budget(budget, tokens.shape[0])
+        masked = self._check_executor(executor) == "masked"
+        stock_attention = self.config._attn_implementation == "sdpa" and not self.recorded(kwargs, "output_attentions")
+        if masked or not stock_attention or not _values_are_known():
+            batch: PaddedBatch | PackedBatch = PaddedBatch(mask)
+            places = position_ids
+            if self.backbone.rotary and places is None:
+                places = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            return Embedded(self._embed_tokens(given), batch, tokens.shape[0], mask, places, masked)
+        packing = find_packing(mask, tuple(tokens.shape[:2]), tokens.device)
+        if position_ids is None:  # they count from the start of each input, wherever its padding is
+            given["position_ids"] = self._positions(tokens, input_ids is None)
+        # As one long input, so that padding is not embedded either.
+        packed = {
+            name: None if x is None else packing.pack(x.expand(*tokens.shape[:2], *x.shape[2:]))[None]
+            for name, x in given.items()
+        }
+        hidden = self._embed_tokens(packed)[0]
+        places = packed["position_ids"][0] if self.backbone.rotary else None  # type: ignore[index]
+        return Embedded(hidden, packing, tokens.shape[0], mask, places)
+
+    def _embed_tokens(self, given: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+        backbone, base = self.backbone, self.base_model
+        left_out = {"token_type_ids": not backbone.token_types, "position_ids": backbone.rotary is not None}
+        hidden: Any = {name: x for name, x in given.items() if not left_out.get(name)}
+        for index, name in enumerate(backbone.embeddings):
+            module: Any = getattr(base, name, None)
+            if module is not None:
+                hidden = module(hidden) if index else module(**hidden)
+        return hidden  # type: ignore[no-any-return]
+
+    def _positions(self, tokens: torch.Tensor, embedded: bool) -> torch.Tensor:
+        """Position numbers as the stock embeddings give them, (1, L) or (B, L) int64, of ids or embedded tokens."""
+        first = 0
+        if self.backbone.positions_follow_padding:
+            padding = self.config.pad_token_id
+            if not embedded:
+                real = (tokens != padding).long()
+                return real.cumsum(1) * real + padding
+            first = padding + 1  # type: ignore[operator]
+        return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+
+    def recorded(self, kwargs: dict[str, Any], name: str) -> bool:
+        """Whether `output_attentions` or `output_hidden_states` is asked for; a list of layers counts."""
+        asked = kwargs.get(name)
+        return bool(getattr(self.config, name, False) if asked is None else asked is not False)
+
+    def recordings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What is to be recorded of the full encoder, as its forward takes it; empty if nothing is."""
+        names = ("output_hidden_states", "output_attentions")
+        return {name: kwargs.get(name) or True for name in names if self.recorded(kwargs, name)}
+
+    def refuse_recording(self, kwargs: dict[str, Any]) -> None:
+        """Raises ValueError where hidden states or attentions are asked for and the narrow encoder runs."""
+        for name in self.recordings(kwargs):
+            raise ValueError(f"{name} are the full encoder's: leave budget out, or ask for 1.0.")
+
+    def stock_inputs(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Of the arguments of `forward`, those that the stock class takes."""
+        skipped = () if self.backbone.token_types else ("token_type_ids",)
+        return {name: x for name, x in given.items() if x is not None and name not in skipped}
+
+    def _reaches(self, embedded: Embedded) -> list[Reach]:
+        """Of each layer; none where all tokens see their whole sequence, and positions are in the embeddings."""
+        if self.backbone.rotary is None:
+            return []
+        config: Any = self.config
+        packed = isinstance(embedded.batch, PackedBatch)
+        positions: Any = embedded.positions[None] if packed else embedded.positions  # type: ignore[index]
+        rotary, found = getattr(self.base_model, self.backbone.rotary), {}
+        for kind in sorted(set(config.layer_types)):
+            turned = rotary(embedded.hidden, positions, kind)
+            cos, sin = (x[0] for x in turned) if packed else turned
+            found[kind] = Reach((cos, sin), config.local_attention // 2 if kind == "sliding_attention" else None)
+        return [found[kind] for kind in config.layer_types]
+
+    def encode_full(self, embedded: Embedded) -> torch.Tensor:
+        """Hidden states of the full encoder, as they lie."""
+        hidden, batch, base = embedded.hidden, embedded.batch, self.base_model
+        layers, reaches = self.full_layers(), self._reaches(embedded)
+        if isinstance(batch, PackedBatch):
+            for layer, reach in zip(layers, reaches or [EVERYTHING] * len(layers), strict=True):
+                hidden = layer(hidden, sequences=batch.sequences, reach=reach)
+        else:
+            config: Any = base.config
+            make = {"config": config, "inputs_embeds": hidden, "attention_mask": batch.mask}
+            everything = create_bidirectional_mask(**make)
+            near = create_bidirectional_sliding_window_mask(**make) if reaches else None
+            for layer, reach in zip(layers, reaches or [EVERYTHING] * len(layers), strict=True):
+                turned = {} if reach.rotary is None else {"position_embeddings": reach.rotary}
+                hidden = layer(hidden, attention_mask=everything if reach.window is None else near, **turned)
+        norm = self.backbone.final_norm
+        return hidden if norm is None else getattr(base, norm)(hidden)
+
+    def encode_narrow(self, embedded: Embedded, look: Look) -> torch.Tensor:
+        """Hidden states of the narrow encoder, as they lie."""
         narrow: Any = self.narrow
-        hidden: torch.Tensor = narrow(embedded.hidden, embedded.batch, look.counts, embedded.masked)
+        hidden: torch.Tensor = narrow(
+            embedded.hidden, embedded.batch, look.counts, embedded.masked, self._reaches(embedded)
+        )
         return hidden
 
-
-class FullEncoder(nn.Module):
-    """The stock layers, one after the other."""
-
-    def __init__(self, config: BudgetFormerConfig) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(EncoderLayer(config, layer_idx=index) for index in range(config.num_hidden_layers))
-
-    def forward(self, hidden: torch.Tensor, **layout: Any) -> torch.Tensor:
-        """(B, L, D) with `attention_mask`, or (T, D) with `sequences`, as `EncoderLayer` takes them."""
-        for layer in self.layer:
-            hidden = layer(hidden, **layout)
-        return hidden
+    def run_routed(
+        self, embedded: Embedded, budget: float | torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[BudgetFormerModelOutput, Routing, torch.Tensor | None]:
+        """With the paper's routers: the outputs, what the routers said, and their terms of the loss."""
+        requested: Any = self.config.looks[0] if budget is None and self.config.looks else budget
+        if isinstance(requested, torch.Tensor):
+            requested = requested.to(embedded.hidden.device, torch.promote_types(requested.dtype, torch.float32))
+        elif requested is not None:
+            requested = torch.full((embedded.rows,), requested, device=embedded.hidden.device)
+        hidden, batch, base, mask = embedded.hidden, embedded.batch, self.base_model, None
+        if isinstance(batch, PaddedBatch):
+            mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=batch.mask)
+        known = _values_are_known()
+        found = base.encoder(hidden, batch, mask, requested, known, **self.recordings(kwargs))  # type: ignore[operator]
+        states = found.hidden_states
+        if states is not None:
+            states = tuple(x if x is None or x.dim() == 3 else batch.pad(x) for x in states)
+        gates = found.routing.gates
+        pooler: Any = base.pooler
+        outputs = BudgetFormerModelOutput(
+            last_hidden_state=batch.pad(found.last_hidden_state),
+            pooler_output=None if pooler is None else pooler(batch.first(found.last_hidden_state)[:, None]),
+            hidden_states=states,
+            attentions=found.attentions,
+            budget=gates.detach().mean((1, 2)),
+            head_gates=gates,
+        )
+        return outputs, found.routing, found.loss
 
 
 class BudgetFormerModel(BudgetFormerPreTrainedModel):
-    """Encoder of a BERT-family checkpoint and a narrow one beside it.
+    """A stock encoder and a narrow one beside it.
 
     Hidden states cannot be doubted: a budget is here at most `config.narrow_budget`, or 1. A plain call runs the full
     encoder, unless `config.looks` says one budget.
 
     Args:
         config: The configuration.
-        add_pooling_layer: Whether to build the pooler, as in the stock classes.
-        add_narrow: Whether to build the narrow encoder; not where a task's model has one of its own.
+        add_pooling_layer: Whether to build the pooler, as in the stock classes that have one.
     """
 
-    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": BertSelfAttention}
-
-    def __init__(self, config: BudgetFormerConfig, add_pooling_layer: bool = True, add_narrow: bool = True) -> None:
-        super().__init__(config)
-        self.embeddings: Any = self.backbone.embeddings(config)
-        self.encoder: Any = None
-        if config.full_encoder:
-            self.encoder = RoutedEncoder(config) if config.router == "layer" else FullEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer and config.full_encoder else None
-        looks = add_narrow and config.router == "look"
-        self.narrow = NarrowEncoder(config, pooler=add_pooling_layer, head=False) if looks else None
-        self._finish()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The word embeddings."""
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the word embeddings."""
-        self.embeddings.word_embeddings = value
+    def __init__(self, config: BudgetFormerConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config, add_pooling_layer=add_pooling_layer)
 
     @can_return_tuple
     def forward(
@@ -395,7 +595,6 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         budget: float | torch.Tensor | None = None,
         executor: str | None = None,
         output_head_gates: bool = False,
-        embedded: Embedded | None = None,
         **kwargs: Any,
     ) -> BudgetFormerModelOutput:
         """Encodes a batch.
@@ -406,14 +605,13 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         Args:
             input_ids: (B, L), int64; or else `inputs_embeds`.
             attention_mask: (B, L), 1 for real tokens and 0 for padding, on whichever side; None: no padding.
-            token_type_ids: (B, L), int64.
+            token_type_ids: (B, L), int64; ignored by backbones without segments.
             position_ids: (B, L), int64.
             inputs_embeds: (B, L, D), float.
             budget: Share of the full encoder's work, a float in (0, 1]; with `router="layer"` share of the heads, a
                 float or a float tensor (B,). None: see [`BudgetFormerConfig`].
             executor: "auto" or "masked", see [`BudgetFormerConfig`]; None: `config.executor`.
             output_head_gates: Whether to return `head_gates`, with `router="layer"`.
-            embedded: What `embed` returned, in place of the arguments above: the full encoder runs alone.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
 
         Raises:
@@ -421,20 +619,21 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             TypeError: An argument does not exist.
         """
         kwargs.pop("return_dict", None)
-        if embedded is not None:
-            return self._run_full(embedded, **kwargs)
-        embedded = self.embed(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, budget, executor, kwargs
-        )
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        learning = self.training and self.config.full_encoder and torch.is_grad_enabled()
         if self.config.router == "layer":
-            outputs, _, loss = self._run_routed(embedded, budget, **kwargs)
+            outputs, _, loss = self.run_routed(self.embed(given, budget, executor, kwargs), budget, kwargs)
             outputs.head_gates = outputs.head_gates if output_head_gates else None
             return outputs if loss is None else self._attach(outputs, loss)
         if isinstance(budget, torch.Tensor):
             raise ValueError(f"budget must be a float for a model without a head, got a tensor {budget}.")
+        embedded = self.embed(given, budget, executor, kwargs)
         plan: Any = self._plan(budget, recorded=False) if budget is not None or self.config.looks else None
-        if self.training and self.config.full_encoder and torch.is_grad_enabled():
-            return self._train(embedded, None if budget is None else plan.looks[0], **kwargs)
+        if learning:
+            return self._train(embedded, None if budget is None else plan.looks[0], given, kwargs)
         if plan is None:
             plan = self._plan_call(recorded=True)
         if len(plan.looks) > 1:
@@ -443,125 +642,35 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
                 f"head, whose answers cannot be doubted, got {budget!r} with looks {self.config.looks}."
             )
         if plan.looks[0].counts is None:
-            return self._run_full(embedded, **kwargs)
+            return self._run_full(embedded, given, kwargs)
         self.refuse_recording(kwargs)
-        hidden = self._encode_narrow(embedded, plan.looks[0])
+        hidden = self.encode_narrow(embedded, plan.looks[0])
+        return self._output(embedded, hidden, self.narrow.pooler, plan.looks[0].cost)  # type: ignore[union-attr]
+
+    def _output(self, embedded: Embedded, hidden: torch.Tensor, pooler: Any, cost: float) -> BudgetFormerModelOutput:
         return BudgetFormerModelOutput(
             last_hidden_state=embedded.batch.pad(hidden),
-            pooler_output=self.narrow.pool(embedded.batch.first(hidden)),  # type: ignore[union-attr]
-            budget=hidden.new_full((embedded.rows,), plan.looks[0].cost, dtype=torch.float32),
+            pooler_output=None if pooler is None else pooler(embedded.batch.first(hidden)[:, None]),
+            budget=hidden.new_full((embedded.rows,), cost, dtype=torch.float32),
         )
 
-    def embed(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        budget: Any,
-        executor: str | None,
-        kwargs: dict[str, Any],
-    ) -> Embedded:
-        """Checks the arguments of `forward`, embeds, and takes padding away where nothing stands against it."""
-        _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
-        tokens: Any = inputs_embeds if input_ids is None else input_ids
-        if budget is not None:
-            _check_budget(budget, tokens.shape[0])
-        masked = self._check_executor(executor) == "masked"
-        stock_attention = self.config._attn_implementation == "sdpa" and not self.recorded(kwargs, "output_attentions")
-        given = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        given["inputs_embeds"] = inputs_embeds
-        if masked or not stock_attention or not _values_are_known():
-            return Embedded(self.embeddings(**given), PaddedBatch(attention_mask), tokens.shape[0], masked)
-        packing = find_packing(attention_mask, tuple(tokens.shape[:2]), tokens.device)
-        if packing.indices is None:
-            return Embedded(packing.pack(self.embeddings(**given)), packing, tokens.shape[0], masked)
-        if position_ids is None:  # they count from the start of each input, wherever its padding is
-            given["position_ids"] = self._positions(tokens, input_ids is None)
-        # As one long input, so that padding is not embedded either.
-        given = {
-            name: None if x is None else packing.pack(x.expand(*tokens.shape[:2], *x.shape[2:]))[None]
-            for name, x in given.items()
-        }
-        return Embedded(self.embeddings(**given)[0], packing, tokens.shape[0], masked)
+    def _run_full(self, embedded: Embedded, given: dict[str, Any], kwargs: dict[str, Any]) -> BudgetFormerModelOutput:
+        base: Any = self.base_model
+        recordings = self.recordings(kwargs)
+        if not recordings:
+            return self._output(embedded, self.encode_full(embedded), getattr(base, "pooler", None), 1.0)
+        found = base(**self.stock_inputs(given), **recordings)
+        return BudgetFormerModelOutput(**found, budget=found[0].new_ones(embedded.rows, dtype=torch.float32))
 
-    def _positions(self, tokens: torch.Tensor, embedded: bool) -> torch.Tensor:
-        """Position numbers as the stock embeddings give them, (1, L) or (B, L) int64, of ids or embedded tokens."""
-        first = 0
-        if self.backbone.positions_follow_padding:
-            padding = self.embeddings.padding_idx
-            if not embedded:
-                positions: torch.Tensor = self.embeddings.create_position_ids_from_input_ids(tokens, padding)
-                return positions
-            first = padding + 1
-        return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
-
-    def recorded(self, kwargs: dict[str, Any], name: str) -> bool:
-        """Whether `output_attentions` or `output_hidden_states` is asked for; a list of layers counts."""
-        asked = kwargs.get(name)
-        return bool(getattr(self.config, name, False) if asked is None else asked is not False)
-
-    def refuse_recording(self, kwargs: dict[str, Any]) -> None:
-        """Raises ValueError where hidden states or attentions are asked for and the narrow encoder runs."""
-        for name in ("output_hidden_states", "output_attentions"):
-            if self.recorded(kwargs, name):
-                raise ValueError(f"{name} are the full encoder's: leave budget out, or ask for 1.0.")
-
-    def _run_full(self, embedded: Embedded, **kwargs: Any) -> BudgetFormerModelOutput:
-        return self._run(embedded, None, **kwargs)[0]
-
-    def _run_routed(
-        self, embedded: Embedded, budget: float | torch.Tensor | None, **kwargs: Any
-    ) -> tuple[BudgetFormerModelOutput, Routing, torch.Tensor | None]:
-        """With the paper's routers: the outputs, what the routers said, and their terms of the loss."""
-        requested: Any = self.config.looks[0] if budget is None and self.config.looks else budget
-        if isinstance(requested, torch.Tensor):
-            requested = requested.to(embedded.hidden.device, torch.promote_types(requested.dtype, torch.float32))
-        elif requested is not None:
-            requested = torch.full((embedded.rows,), requested, device=embedded.hidden.device)
-        outputs, found = self._run(embedded, requested, **kwargs)
-        routing, loss = found
-        outputs.budget, outputs.head_gates = routing.gates.detach().mean((1, 2)), routing.gates
-        return outputs, routing, loss
-
-    def _run(
-        self, embedded: Embedded, requested: torch.Tensor | None, **kwargs: Any
-    ) -> tuple[BudgetFormerModelOutput, list[Any]]:
-        """Outputs of the full encoder, and what routers in its layers add to them."""
-        found: list[Any] = []
-        outputs = self._record(embedded, requested, found, **kwargs)
-        if outputs.hidden_states is not None:
-            pad = embedded.batch.pad
-            outputs.hidden_states = tuple(x if x is None or x.dim() == 3 else pad(x) for x in outputs.hidden_states)
-        return outputs, found
-
-    @capture_outputs
-    def _record(
-        self, embedded: Embedded, requested: torch.Tensor | None, found: list[Any], **kwargs: Any
+    def _train(
+        self, embedded: Embedded, look: Look | None, given: dict[str, Any], kwargs: dict[str, Any]
     ) -> BudgetFormerModelOutput:
-        hidden, batch, mask = embedded.hidden, embedded.batch, None
-        if isinstance(batch, PaddedBatch):
-            mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=batch.mask)
-        if isinstance(self.encoder, RoutedEncoder):
-            hidden, *added = self.encoder(hidden, batch, mask, requested, _values_are_known())
-            found += added
-        else:
-            sequences = batch.sequences if isinstance(batch, PackedBatch) else None
-            hidden = self.encoder(hidden, attention_mask=mask, sequences=sequences)
-        return BudgetFormerModelOutput(
-            last_hidden_state=batch.pad(hidden),
-            pooler_output=None if self.pooler is None else self.pooler(batch.first(hidden)[:, None]),
-            budget=hidden.new_ones(embedded.rows, dtype=torch.float32),
-        )
-
-    def _train(self, embedded: Embedded, look: Look | None, **kwargs: Any) -> BudgetFormerModelOutput:
         """The full encoder's outputs, with the narrow one's term attached to the hidden states."""
-        outputs = self._run_full(embedded, **kwargs)
+        outputs = self._run_full(embedded, given, kwargs)
         if self.narrow is None:
             return outputs
         look = look if look is not None and look.counts is not None else self.narrow.draw()
-        hidden = self._encode_narrow(embedded.detach(), look)
+        hidden = self.encode_narrow(embedded.detach(), look)
         target: Any = outputs.last_hidden_state
         if isinstance(embedded.batch, PackedBatch):
             target = embedded.batch.pack(target)
@@ -576,8 +685,9 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
     def _attach(self, outputs: BudgetFormerModelOutput, loss: torch.Tensor) -> BudgetFormerModelOutput:
         """Whatever is computed from the outputs trains `loss` too."""
         outputs.last_hidden_state = attach_loss(outputs.last_hidden_state, loss)  # type: ignore[arg-type]
-        if self.pooler is not None:
-            outputs.pooler_output = self.pooler(outputs.last_hidden_state)
+        pooler: Any = getattr(self.base_model, "pooler", None)
+        if pooler is not None:
+            outputs.pooler_output = pooler(outputs.last_hidden_state)
         return outputs
 
 
@@ -587,18 +697,11 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
     The stock modules and their parameters keep their names, so that checkpoints go both ways; ours are `narrow.*`.
     """
 
+    stock_classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__(config)
         self.num_labels: Any = config.num_labels  # typed as optional upstream
-        backbone, pooled = self.backbone, self.backbone.reads_pooler
-        setattr(self, backbone.prefix, BudgetFormerModel(config, add_pooling_layer=pooled, add_narrow=False))
-        if config.full_encoder:
-            if pooled:
-                dropout = config.classifier_dropout
-                self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-            self.classifier = backbone.classifier(config)
-        self.narrow = None if config.router == "layer" else NarrowEncoder(config, pooler=pooled, head=True)
-        self._finish()
 
     @can_return_tuple
     def forward(
@@ -647,58 +750,70 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             TypeError: An argument does not exist.
         """
         kwargs.pop("return_dict", None)
-        base: Any = self.base_model
         if labels is not None:
             self._check_labels(labels)
-        embedded = base.embed(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, budget, executor, kwargs
-        )
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        recordings = self.recordings(kwargs)
+        if recordings and self.config.router == "look" and budget is None and not self.training:
+            _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+            return self._record(given, labels, recordings)
+        embedded = self.embed(given, budget, executor, kwargs)
         if teacher_logits is not None:
             self._check_teacher_logits(teacher_logits, embedded.rows)
         if self.config.router == "layer":
-            outputs = self._classify_routed(embedded, budget, labels, teacher_logits, **kwargs)
+            outputs = self._classify_routed(embedded, budget, labels, teacher_logits, kwargs)
             outputs.head_gates = outputs.head_gates if output_head_gates else None
             return outputs
         if self.training and torch.is_grad_enabled():
-            return self._train(embedded, budget, labels, teacher_logits, **kwargs)
-        recorded = base.recorded(kwargs, "output_hidden_states") or base.recorded(kwargs, "output_attentions")
-        plans = self._plan(budget, recorded)
-        if recorded:
+            return self._train(embedded, given, budget, labels, teacher_logits, recordings)
+        plans = self._plan(budget, recorded=bool(recordings))
+        if recordings:
             if plans != Plan((FULL_LOOK,)):
-                base.refuse_recording(kwargs)
-            found = base(embedded=embedded, **kwargs)
-            outputs = BudgetFormerClassifierOutput(
-                logits=self._read(found),
-                hidden_states=found.hidden_states,
-                attentions=found.attentions,
-                budget=found.budget,
-            )
-        elif isinstance(plans, Plan):
+                self.refuse_recording(kwargs)
+            return self._record(given, labels, recordings)
+        if isinstance(plans, Plan):
             logits, spent = self._look(embedded, plans.looks, plans.thresholds)
-            outputs = BudgetFormerClassifierOutput(logits=logits, budget=spent)
         else:
             logits, spent = self._look_in_groups(embedded, plans)
-            outputs = BudgetFormerClassifierOutput(logits=logits, budget=spent)
-        outputs.loss = self._task_loss(outputs.logits, labels)
-        return outputs
+        return BudgetFormerClassifierOutput(loss=self._task_loss(logits, labels), logits=logits, budget=spent)
 
     def _task_loss(self, logits: Any, labels: torch.Tensor | None) -> Any:
         return None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
-    def _read(self, outputs: BudgetFormerModelOutput) -> torch.Tensor:
-        """Logits of the full model."""
-        if self.backbone.reads_pooler:
-            logits: torch.Tensor = self.classifier(self.dropout(outputs.pooler_output))
-        else:
-            logits = self.classifier(outputs.last_hidden_state)
-        return logits
+    def _record(
+        self, given: dict[str, Any], labels: torch.Tensor | None, recordings: dict[str, Any]
+    ) -> BudgetFormerClassifierOutput:
+        """The stock model itself, with what it records."""
+        found = self.stock_class.forward(
+            self, **self.stock_inputs(given), labels=labels, return_dict=True, **recordings
+        )
+        return BudgetFormerClassifierOutput(**found, budget=torch.ones(len(found.logits), device=found.logits.device))
+
+    def _read(
+        self, embedded: Embedded, hidden: torch.Tensor, narrow: bool = False, labels: torch.Tensor | None = None
+    ) -> Any:
+        """What the stock head, or the narrow encoder's copy of it, says of hidden states: the stock class's output."""
+        own: Any = self.narrow
+        first = embedded.batch.first(hidden)[:, None]  # (B, 1, D)
+        pooler = own.pooler if narrow else getattr(self.base_model, "pooler", None)
+        reads_all = getattr(self.config, "classifier_pooling", "cls") == "mean"
+        outputs = BaseModelOutputWithPooling(
+            last_hidden_state=embedded.batch.pad(hidden) if reads_all else first,
+            pooler_output=None if pooler is None else pooler(first),
+        )
+        kind, model = (type(own.head), own.head) if narrow else (self.stock_class, self)
+        answered = _Answered(model, self.base_model_prefix, outputs)
+        mask = embedded.mask if reads_all else None
+        return kind.forward(answered, attention_mask=mask, labels=labels, return_dict=True)
 
     def _answer(self, embedded: Embedded, look: Look) -> torch.Tensor:
         """Logits (b, num_labels) of one look."""
-        if look.counts is None:
-            return self._read(self.base_model(embedded=embedded))
-        hidden = self._encode_narrow(embedded, look)
-        answer: torch.Tensor = self.narrow.answer(embedded.batch.first(hidden))  # type: ignore[union-attr]
+        narrow = look.counts is not None
+        hidden = self.encode_narrow(embedded, look) if narrow else self.encode_full(embedded)
+        answer: torch.Tensor = self._read(embedded, hidden, narrow).logits
         return answer
 
     def _look(
@@ -745,10 +860,11 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
     def _train(
         self,
         embedded: Embedded,
+        given: dict[str, Any],
         budget: float | torch.Tensor | None,
         labels: torch.Tensor | None,
         teacher_logits: torch.Tensor | None,
-        **kwargs: Any,
+        recordings: dict[str, Any],
     ) -> BudgetFormerClassifierOutput:
         """One step's loss: the full model's, where it runs, and the narrow encoder's."""
         config: Any = self.config
@@ -760,15 +876,18 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         runs_full = config.full_encoder and not (config.freeze_full and teacher_logits is not None)
         target = teacher_logits
         if runs_full:
-            found = self.base_model(embedded=embedded, **kwargs)
-            logits, outputs.hidden_states, outputs.attentions = self._read(found), found.hidden_states, found.attentions
-            loss, target = self._task_loss(logits, labels), logits.detach()
+            if recordings:
+                found: Any = self._record(given, labels, recordings)
+            else:
+                found = self._read(embedded, self.encode_full(embedded), labels=labels)
+            logits, outputs.hidden_states, outputs.attentions = found.logits, found.hidden_states, found.attentions
+            loss, target = found.loss, logits.detach()
         if budget is not None:
             look = narrow.order.look(budget)
         else:
             look = narrow.draw() if config.full_encoder else narrow.widest
-        hidden = self._encode_narrow(embedded.detach() if config.full_encoder else embedded, look)
-        answer = narrow.answer(embedded.batch.first(hidden))
+        embedded = embedded.detach() if config.full_encoder else embedded
+        answer = self._read(embedded, self.encode_narrow(embedded, look), narrow=True).logits
         if not config.full_encoder:
             loss = self._task_loss(answer, labels)
         log = {"budget": answer.new_tensor(look.cost)}
@@ -801,13 +920,14 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         budget: float | torch.Tensor | None,
         labels: torch.Tensor | None,
         teacher_logits: torch.Tensor | None,
-        **kwargs: Any,
+        kwargs: dict[str, Any],
     ) -> BudgetFormerClassifierOutput:
         """With the paper's routers."""
         base: Any = self.base_model
-        found, routing, routers_loss = base._run_routed(embedded, budget, **kwargs)
-        logits = self._read(found)
-        loss = self._task_loss(logits, labels)
+        found, routing, routers_loss = self.run_routed(embedded, budget, kwargs)
+        answered = _Answered(self, self.base_model_prefix, found)
+        said = self.stock_class.forward(answered, labels=labels, return_dict=True)
+        logits, loss = said.logits, said.loss
         if routers_loss is not None:
             log = base.encoder.training_log
             if loss is not None:

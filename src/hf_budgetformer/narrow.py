@@ -7,6 +7,7 @@ ones are multiplied by zero: the reference. Nested widths are DynaBERT's (arXiv 
 
 import random
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.models.bert.modeling_bert import BertPooler
 
-from .attention import CHUNK_TOKENS, attend_packed, attend_padded
-from .backbones import BACKBONES, Backbone
+from .attention import CHUNK_TOKENS, EVERYTHING, Reach, attend_packed, attend_padded
+from .backbones import BACKBONES, Backbone, LayerNames
 from .budgets import TRAINED_SHARES, Counts, Look, OpeningOrder
 from .packing import PackedBatch, PaddedBatch, Sequences
 
@@ -80,9 +80,10 @@ class NarrowLayer(nn.Module):
         backbone: Row of the table: where norms stand, and whether the feed-forward is gated.
         heads: Most that can open, >= 1.
         neurons: Most that can open, >= 1.
+        first: Whether it is the first layer.
     """
 
-    def __init__(self, config: Any, backbone: Backbone, heads: int, neurons: int) -> None:
+    def __init__(self, config: Any, backbone: Backbone, heads: int, neurons: int, first: bool = False) -> None:
         super().__init__()
         width = config.hidden_size
         if width % config.num_attention_heads:
@@ -92,14 +93,18 @@ class NarrowLayer(nn.Module):
         self.size = width // config.num_attention_heads
         self.heads, self.neurons = heads, neurons
         self.norm_first = backbone.norm_first
-        eps, bias = config.layer_norm_eps, backbone.bias
-        self.qkv = nn.Linear(width, heads * 3 * self.size, bias=bias)
-        self.attention_output = nn.Linear(heads * self.size, width, bias=bias)
-        self.attention_norm = nn.LayerNorm(width, eps=eps, bias=bias)
-        self.up = nn.Linear(width, neurons, bias=bias)
-        self.gate = nn.Linear(width, neurons, bias=bias) if backbone.names.gate else None
-        self.down = nn.Linear(neurons, width, bias=bias)
-        self.feed_forward_norm = nn.LayerNorm(width, eps=eps, bias=bias)
+        # Fields of architectures that can do without; the others have biases everywhere.
+        attention, feed_forward = getattr(config, "attention_bias", True), getattr(config, "mlp_bias", True)
+        norm = {"eps": config.layer_norm_eps, "bias": getattr(config, "norm_bias", True)}
+        self.qkv = nn.Linear(width, heads * 3 * self.size, bias=attention)
+        self.attention_output = nn.Linear(heads * self.size, width, bias=attention)
+        self.attention_norm: nn.Module = nn.LayerNorm(width, **norm)
+        if first and not backbone.first_norm:
+            self.attention_norm = nn.Identity()
+        self.up = nn.Linear(width, neurons, bias=feed_forward)
+        self.gate = nn.Linear(width, neurons, bias=feed_forward) if backbone.names.gate else None
+        self.down = nn.Linear(neurons, width, bias=feed_forward)
+        self.feed_forward_norm = nn.LayerNorm(width, **norm)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(
@@ -109,6 +114,7 @@ class NarrowLayer(nn.Module):
         heads: int,
         neurons: int,
         masked: bool = False,
+        reach: Reach = EVERYTHING,
     ) -> torch.Tensor:
         """Runs the first units.
 
@@ -118,9 +124,10 @@ class NarrowLayer(nn.Module):
             heads: How many run.
             neurons: How many run.
             masked: Whether to compute all units and multiply closed ones by zero.
+            reach: Where the tokens are, and how far they see.
         """
         read = self.attention_norm(hidden) if self.norm_first else hidden
-        attended = _add(self._attend(read, layout, heads, masked), hidden)
+        attended = _add(self._attend(read, layout, heads, masked, reach), hidden)
         if not self.norm_first:
             attended = self.attention_norm(attended)
         if hidden.dim() == 3 or torch.is_grad_enabled() or len(hidden) <= CHUNK_TOKENS:
@@ -128,14 +135,17 @@ class NarrowLayer(nn.Module):
         return torch.cat([self._feed_forward(chunk, neurons, masked) for chunk in attended.split(CHUNK_TOKENS)])
 
     def _attend(
-        self, hidden: torch.Tensor, layout: Sequences | torch.Tensor | None, heads: int, masked: bool
+        self, hidden: torch.Tensor, layout: Sequences | torch.Tensor | None, heads: int, masked: bool, reach: Reach
     ) -> torch.Tensor:
         computed = self.heads if masked else heads
         if not computed:
             return from_first_inputs(self.attention_output, self._open(self.qkv, hidden, 0))
         stacked = first_outputs(self.qkv, hidden, computed * 3 * self.size)
         parts = stacked.unflatten(-1, (computed, 3, self.size)).unbind(-2)  # each (..., h, d)
-        context = attend_packed(parts, layout) if isinstance(layout, Sequences) else attend_padded(parts, layout)
+        if isinstance(layout, Sequences):
+            context = attend_packed(parts, layout, reach=reach)
+        else:
+            context = attend_padded(parts, layout, reach)
         return from_first_inputs(self.attention_output, self._close(context, heads * self.size, masked))
 
     def _feed_forward(self, attended: torch.Tensor, neurons: int, masked: bool) -> torch.Tensor:
@@ -164,8 +174,8 @@ class NarrowEncoder(nn.Module):
 
     Args:
         config: A `BudgetFormerConfig`.
-        pooler: Whether it has a pooler, as the stock class does.
-        head: Whether it has a classification head.
+        pooler: A pooler like the stock class's, to be its own; None: that has none.
+        head: The stock class's head, a model without its encoder, to be its own; None: there is none.
 
     Attributes:
         steps: Training forward passes seen, an int64 scalar buffer: 0 until it has been trained.
@@ -174,7 +184,7 @@ class NarrowEncoder(nn.Module):
 
     steps: torch.Tensor
 
-    def __init__(self, config: Any, pooler: bool, head: bool) -> None:
+    def __init__(self, config: Any, pooler: nn.Module | None, head: nn.Module | None) -> None:
         super().__init__()
         backbone = BACKBONES[config.backbone_model_type]
         self.order = OpeningOrder(config)
@@ -182,11 +192,14 @@ class NarrowEncoder(nn.Module):
         counts: Any = self.widest.counts
         # One unit of each sublayer at least, closed or not: parameters without elements trouble optimisers.
         self.layer = nn.ModuleList(
-            NarrowLayer(config, backbone, max(1, heads), max(1, neurons))
-            for heads, neurons in zip(counts.heads, counts.neurons, strict=True)
+            NarrowLayer(config, backbone, max(1, heads), max(1, neurons), first=not index)
+            for index, (heads, neurons) in enumerate(zip(counts.heads, counts.neurons, strict=True))
         )
-        self.pooler = BertPooler(config) if pooler else None
-        self.head = backbone.classifier(config) if head else None
+        self.norm = None
+        if backbone.final_norm:
+            norm_bias = getattr(config, "norm_bias", True)
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=norm_bias)
+        self.pooler, self.head = pooler, head
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -198,6 +211,7 @@ class NarrowEncoder(nn.Module):
         batch: PackedBatch | PaddedBatch,
         counts: Counts,
         masked: bool = False,
+        reaches: Sequence[Reach] = (),
     ) -> torch.Tensor:
         """Encodes a batch with the first units of each layer.
 
@@ -206,23 +220,19 @@ class NarrowEncoder(nn.Module):
             batch: How they lie.
             counts: Units to open.
             masked: Whether to compute all units and multiply closed ones by zero.
+            reaches: Of each layer; none: every token sees its whole sequence.
 
         Returns:
             As `hidden`.
         """
-        for layer, heads, neurons in zip(self.layer, counts.heads, counts.neurons, strict=True):
-            hidden = layer(hidden, batch.layout, heads, neurons, masked)
-        return hidden
+        every = reaches or [EVERYTHING] * len(self.layer)
+        for layer, heads, neurons, reach in zip(self.layer, counts.heads, counts.neurons, every, strict=True):
+            hidden = layer(hidden, batch.layout, heads, neurons, masked, reach)
+        return hidden if self.norm is None else self.norm(hidden)
 
     def pool(self, first: torch.Tensor) -> torch.Tensor | None:
         """Pooler's output of first tokens, (B, D) -> (B, D); None without a pooler."""
         return None if self.pooler is None else self.pooler(first[:, None])
-
-    def answer(self, first: torch.Tensor) -> torch.Tensor:
-        """Logits of first tokens: (B, D) -> (B, num_labels)."""
-        pooled = self.pool(first)
-        logits: torch.Tensor = self.head(first[:, None] if pooled is None else pooled)  # type: ignore[misc]
-        return logits
 
     def count_step(self, output: torch.Tensor) -> None:
         """Counts a training forward pass, if anything of what led to `output` is trained, and not all frozen."""
@@ -239,27 +249,34 @@ class NarrowEncoder(nn.Module):
         return self.order.look(share * self.widest.cost)
 
     @torch.no_grad()
-    def copy_units(self, layers: Sequence[Any], names: Any, importance: Sequence[Importance] | None) -> None:
+    def copy_units(self, layers: Sequence[Any], names: LayerNames, importance: Sequence[Importance] | None) -> None:
         """Becomes a copy of the most important units of the full encoder's layers.
 
         Args:
             layers: Of the full encoder.
-            names: Where they keep their parts, a `backbones.LayerNames`.
+            names: Where they keep their parts.
             importance: Of each layer's units; None: by the norms of their weights.
         """
         own: Any
         for index, (own, full) in enumerate(zip(self.layer, layers, strict=True)):
-            parts = {part: full.get_submodule(name) for part, name in vars(names).items() if name is not None}
-            weights = {  # by attribute, for an adapter around a layer has other parameters too
-                (part, kind): _gathered(getattr(module, kind))
-                for part, module in parts.items()
-                for kind in ("weight", "bias")
-                if getattr(module, kind, None) is not None
-            }
+            weights = layer_weights(full, names)
             chosen = weight_importance(weights, own.size) if importance is None else importance[index]
             heads = chosen.heads.to(weights["query", "weight"].device).argsort(descending=True, stable=True)
             neurons = chosen.neurons.to(heads.device).argsort(descending=True, stable=True)
             _copy_layer(own, weights, heads[: own.heads], neurons[: own.neurons])
+
+
+def layer_weights(layer: Any, names: LayerNames) -> dict[tuple[str, str], torch.Tensor]:
+    """Weights and biases of a stock layer, by part and kind; of parts that share a matrix, each its rows."""
+    found = {}
+    for part in vars(names):
+        module = names.of(layer, part)
+        sharing = [other for other in vars(names) if getattr(names, other) == getattr(names, part)]
+        for kind in ("weight", "bias"):  # by attribute, for an adapter around a layer has other parameters too
+            value = getattr(module, kind, None)
+            if value is not None:
+                found[part, kind] = _gathered(value).chunk(len(sharing))[sharing.index(part)]
+    return found
 
 
 @torch.no_grad()
@@ -286,20 +303,23 @@ def _copy_layer(
     own: NarrowLayer, weights: dict[tuple[str, str], torch.Tensor], heads: torch.Tensor, neurons: torch.Tensor
 ) -> None:
     rows = (heads[:, None] * own.size + torch.arange(own.size, device=heads.device)).flatten()
-    kinds = ("weight", "bias") if own.qkv.bias is not None else ("weight",)
-    for kind in kinds:
-        parts = [weights[part, kind][rows].unflatten(0, (-1, own.size)) for part in ("query", "key", "value")]
-        _assign(getattr(own.qkv, kind), torch.stack(parts, dim=1).flatten(0, 2))
-        _assign(getattr(own.up, kind), weights["up", kind][neurons])
-        if own.gate is not None:
-            _assign(getattr(own.gate, kind), weights["gate", kind][neurons])
-        _assign(getattr(own.attention_norm, kind), weights["attention_norm", kind])
-        _assign(getattr(own.feed_forward_norm, kind), weights["feed_forward_norm", kind])
-    _assign(own.attention_output.weight, weights["attention_output", "weight"][:, rows])
-    _assign(own.down.weight, weights["down", "weight"][:, neurons])
-    if own.down.bias is not None:
-        _assign(own.attention_output.bias, weights["attention_output", "bias"])
-        _assign(own.down.bias, weights["down", "bias"])
+    parts = ("qkv", "attention_output", "attention_norm", "up", "gate", "down", "feed_forward_norm")
+    for part, kind in product(parts, ("weight", "bias")):  # by attribute, see `layer_weights`
+        parameter = getattr(getattr(own, part), kind, None)
+        if parameter is None:
+            continue
+        if part == "qkv":
+            stacked = [weights[x, kind][rows].unflatten(0, (-1, own.size)) for x in ("query", "key", "value")]
+            value = torch.stack(stacked, dim=1).flatten(0, 2)
+        elif part in ("up", "gate"):
+            value = weights[part, kind][neurons]
+        elif (part, kind) == ("attention_output", "weight"):
+            value = weights[part, kind][:, rows]
+        elif (part, kind) == ("down", "weight"):
+            value = weights[part, kind][:, neurons]
+        else:
+            value = weights[part, kind]
+        _assign(parameter, value)
 
 
 def _gathered(value: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,20 @@ gated, so a budget is here a share of the heads.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
+from transformers.utils.output_capturing import capture_outputs
 
-from .attention import EncoderLayer, attend_packed
+from .attention import EVERYTHING, attend_packed, feed_forward_packed, run_packed
+from .backbones import BACKBONES
 from .losses import (
     ENTROPY_WEIGHT,
     budget_distance,
@@ -395,7 +400,7 @@ def gathering_pays(gates: torch.Tensor, batch: PackedBatch) -> bool:
     return bool(most > gates.bool().unique(dim=0).sum())
 
 
-class RoutedLayer(EncoderLayer):
+class RoutedLayer(BertLayer):
     """Stock transformer layer whose attention is gated by a router of its own."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -430,14 +435,16 @@ class RoutedLayer(EncoderLayer):
             routing = Routing(gates, gates.mean(-1), gates, carry, carry)
         else:
             routing = self.router(pool_tokens(hidden_states, batch), budget_logit, carry, *schedule)
+        bert = BACKBONES["bert"]
         if isinstance(batch, PackedBatch):
             if budget_logit is None:
-                return super().forward(hidden_states, sequences=batch.sequences), *routing
+                heads = self.attention.self.num_attention_heads
+                return run_packed(self, bert, hidden_states, batch.sequences, EVERYTHING, heads), *routing
             output = self.attention.output
             attend = self._attend(hidden_states, batch, routing.gates)
             projected = attend(self.attention.self, output.dense, hidden_states, batch, routing.gates)
             attended = output.LayerNorm(output.dropout(projected) + hidden_states)
-            return self.feed_forward_packed(attended), *routing
+            return feed_forward_packed(self, bert, attended), *routing
         context, _ = self.attention.self(hidden_states, attention_mask, gates=routing.gates)
         return self.feed_forward_chunk(self.attention.output(context, hidden_states)), *routing
 
@@ -449,21 +456,48 @@ class RoutedLayer(EncoderLayer):
         return attend_open_heads if sparse else attend_gated
 
 
-class RoutedEncoder(nn.Module):
+@dataclass
+class RoutedOutput(BaseModelOutput):
+    """Stock encoder output, and what the routers said.
+
+    Args:
+        routing: Of the layers, stacked: gates (B, layers, H), budget (B, layers)..., in the batch's own order.
+        loss: While learning, the routers' terms of the loss, a scalar.
+    """
+
+    routing: Any = None
+    loss: torch.Tensor | None = None
+
+
+class RoutedEncoder(PreTrainedModel):
     """The layers, each with its router, the budget they start from, and their part of the training loss.
+
+    A model of its own, in place of the stock encoder's layers, so that its routers are not initialised as those are.
 
     Attributes:
         training_log: Scalars of the last training forward pass, detached, by name: what `BudgetCallback` logs.
     """
 
+    _can_record_outputs = {"hidden_states": RoutedLayer, "attentions": BertSelfAttention}
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
     def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.layer = nn.ModuleList(RoutedLayer(config, index) for index in range(config.num_hidden_layers))
         self.own_budget = OwnBudget(config)
         self.exploration = ExplorationSchedule(config)
         self.training_log: dict[str, torch.Tensor] = {}
+        self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (GateLinear, OwnBudget, ExplorationSchedule)):
+            module.init_weights()
+        else:
+            super()._init_weights(module)
+
+    @capture_outputs
     def forward(
         self,
         hidden: torch.Tensor,
@@ -471,7 +505,8 @@ class RoutedEncoder(nn.Module):
         attention_mask: torch.Tensor | None,
         requested: torch.Tensor | None,
         known: bool = True,
-    ) -> tuple[torch.Tensor, Routing, torch.Tensor | None]:
+        **kwargs: Any,
+    ) -> RoutedOutput:
         """Runs the heads that the routers open.
 
         Args:
@@ -480,10 +515,10 @@ class RoutedEncoder(nn.Module):
             attention_mask: Of a padded batch, as the attention implementation wants it.
             requested: (B,), shares of the heads asked for, in the batch's own order; None: the model's own.
             known: Whether values can be asked for, which they cannot while a graph is made.
+            **kwargs: `output_hidden_states` and `output_attentions`, as upstream.
 
         Returns:
-            hidden states as they came; the layers' routings, stacked: gates (B, layers, H), budget (B, layers)...,
-            in the batch's own order; while learning, the routers' terms of the loss, a scalar.
+            `last_hidden_state` as it came.
         """
         rows = batch.shape[0] if isinstance(batch, PackedBatch) else len(hidden)
         learning = self.training and torch.is_grad_enabled()
@@ -502,7 +537,8 @@ class RoutedEncoder(nn.Module):
         routing = Routing(*(torch.stack(parts, dim=1) for parts in zip(*routed, strict=True)))
         if isinstance(batch, PackedBatch):
             routing = Routing(*map(batch.unsort, routing))
-        return hidden, routing, self._loss(routing, target, sampled) if learning else None
+        loss = self._loss(routing, target, sampled) if learning else None
+        return RoutedOutput(last_hidden_state=hidden, routing=routing, loss=loss)
 
     def _ask(
         self, requested: torch.Tensor | None, rows: int, known: bool, device: torch.device

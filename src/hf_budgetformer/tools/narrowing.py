@@ -13,7 +13,7 @@ from ..narrow import Importance
 def _check_narrow(model: Any) -> Any:
     """The model, if it has a narrow encoder beside a full one and a head; raises ValueError."""
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "budgetformer" or not hasattr(model, "classifier"):
+    if getattr(config, "model_type", None) != "budgetformer" or getattr(model, "num_labels", None) is None:
         raise ValueError(
             f"model must be a BudgetFormer classifier with a full encoder, got {type(model).__name__}: make one with "
             "BudgetFormerForSequenceClassification.from_pretrained(checkpoint)."
@@ -39,7 +39,7 @@ def unit_importance(model: nn.Module, batches: Iterable[Mapping[str, torch.Tenso
         ValueError: The model is of another kind, or there is no batch, or one has no labels.
     """
     ours = _check_narrow(model)
-    names, layers = ours.backbone.names, ours.base_model.encoder.layer
+    names, layers = ours.backbone.names, ours.full_layers()
     heads = ours.config.num_attention_heads
     gates: list[torch.Tensor] = []
     sums: list[torch.Tensor] = []
@@ -56,8 +56,8 @@ def unit_importance(model: nn.Module, batches: Iterable[Mapping[str, torch.Tenso
 
     hooks = []
     for layer in layers:
-        for name, units in ((names.attention_output, heads), (names.down, ours.config.intermediate_size)):
-            hooks.append(layer.get_submodule(name).register_forward_pre_hook(open_gates(units)))
+        for part, units in (("attention_output", heads), ("down", ours.config.intermediate_size)):
+            hooks.append(names.of(layer, part).register_forward_pre_hook(open_gates(units)))
     was_training = model.training
     model.eval()  # without dropout
     try:
@@ -128,7 +128,9 @@ def cut(model: nn.Module, budget: float) -> Any:
     small_config.looks = small_config.confidence = small_config.margins = small_config.promise = None
     small_config.freeze_full = False
     small = type(ours)(small_config).to(ours.narrow.steps.device, ours.dtype)
-    small.base_model.embeddings.load_state_dict(ours.base_model.embeddings.state_dict())
+    for name in ours.backbone.embeddings:
+        if (module := getattr(small.base_model, name, None)) is not None:
+            module.load_state_dict(getattr(ours.base_model, name).state_dict())
     small.narrow.load_state_dict(_prefix(ours.narrow.state_dict(), small.narrow.state_dict()))
     return small.train(ours.training)
 

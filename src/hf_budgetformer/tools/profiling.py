@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from ..backbones import stock_config
 from .batching import batches_by_length
 from .checkpoints import check_classifier, distinct_budgets
 from .evaluation import BUDGETS
@@ -165,14 +166,10 @@ def stock_model(model: nn.Module) -> Any:
     """
     ours: Any = model
     check_classifier(model)
-    config, kind = ours.config, CONFIG_MAPPING[ours.config.backbone_model_type]
-    if not config.full_encoder:
+    if not ours.config.full_encoder:
         raise ValueError("model must have its full encoder, got one that was cut.")
-    known = kind().to_dict().keys() - {"model_type", "architectures", "transformers_version", "dtype"}
-    stock_config = kind.from_dict({name: x for name, x in config.to_dict().items() if name in known})
-    stock = AutoModelForSequenceClassification.from_config(
-        stock_config, attn_implementation=config._attn_implementation
-    )
+    config = stock_config(ours.config)
+    stock = AutoModelForSequenceClassification.from_config(config, attn_implementation=ours.config._attn_implementation)
     weights = ours.state_dict()
     stock.load_state_dict({name: weights[name] for name in stock.state_dict()})
     return stock.to(ours.device, ours.dtype).eval()
