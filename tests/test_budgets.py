@@ -74,12 +74,12 @@ def test_flops_are_what_the_counter_of_torch_counts(backbone_type, budget, train
     model = budgetformer(backbone_type, narrow_budget=0.75, reference_length=12)
     hidden = torch.randn(6, 12, 16, requires_grad=True)
     ones = torch.ones(6, 12, dtype=torch.long)
-    embedded = model.base_model.embed(None, ones, None, None, hidden, None, "masked", {})
+    embedded = model.embed({"inputs_embeds": hidden, "attention_mask": ones}, executor="masked")
 
     def run(look):
         with FlopCounterMode(display=False) as counter:
             if look is None:
-                output = model.base_model.encoder(embedded.hidden, attention_mask=None)
+                output = model.encode_full(embedded)
             else:
                 output = model.narrow(embedded.hidden, embedded.batch, look.counts)
             if training:

@@ -134,9 +134,10 @@ def test_what_tokenizers_and_collators_add_is_ignored(kind, tokenizer, texts):
     assert {"special_tokens_mask", "overflow_to_sample_mapping", "length", "offset_mapping"} <= set(given)
     needed = {name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in given}
     assert torch.equal(model(**given).logits, model(**needed).logits)
-    if kind != "cut":
-        hidden = model.base_model(**needed).last_hidden_state
-        assert torch.equal(model.base_model(**given).last_hidden_state, hidden)
+    if kind == "look":
+        encoder = BudgetFormerModel(model.config).eval()
+        hidden = encoder(**needed).last_hidden_state
+        assert torch.equal(encoder(**given).last_hidden_state, hidden)
 
 
 @pytest.mark.parametrize("name", ["budgets", "executer", "label", "teacher_logit", "output_head_gate"])
@@ -182,12 +183,14 @@ def test_hidden_states_of_chosen_layers_are_the_stock_models(layers, executor, b
     model = budgetformer(backbone_type)
     model.load_state_dict(stock.state_dict(), strict=False)
     batch = batch_of(LENGTHS, backbone_type)
+    encoder = BudgetFormerModel(model.config).eval()
+    encoder.load_state_dict(model.state_dict(), strict=False)
     expected = stock(**batch, output_hidden_states=layers).hidden_states
     real = batch["attention_mask"].bool()
     for found in (
         model(**batch, output_hidden_states=layers, executor=executor).hidden_states,
         model(**batch, output_hidden_states=layers, executor=executor, budget=1.0).hidden_states,
-        model.base_model(**batch, output_hidden_states=layers, executor=executor).hidden_states,
+        encoder(**batch, output_hidden_states=layers, executor=executor).hidden_states,
         model.train()(**batch, output_hidden_states=layers, executor=executor).hidden_states,
     ):
         assert [x is None for x in found] == [x is None for x in expected]

@@ -266,7 +266,7 @@ def test_a_pushed_repository_holds_everything_and_loads_without_the_package(shar
 def test_a_trained_model_differs_from_what_it_was_trained_from(shared):
     before, after = shared["models"]["bert"].state_dict(), shared["pushed"]["loopback/by_trainer"].state_dict()
     assert int(after["narrow.steps"]) == 1 + 2
-    for name in ("classifier.weight", "narrow.head.weight", "narrow.layer.0.qkv.weight"):
+    for name in ("classifier.weight", "narrow.head.classifier_copy.weight", "narrow.layer.0.qkv.weight"):
         assert not torch.equal(before[name], after[name])
 
 
@@ -285,7 +285,7 @@ def test_the_loopback_hub_understood_every_request(shared):
 @pytest.mark.parametrize("save", ["classifier", "base"])
 def test_a_saved_folder_names_every_auto_class_and_holds_the_code(save, backbone_type, tmp_path):
     model = budgetformer(backbone_type)
-    (model if save == "classifier" else model.base_model).save_pretrained(tmp_path)
+    (model if save == "classifier" else BudgetFormerModel(model.config)).save_pretrained(tmp_path)
     assert auto_map_of(tmp_path) == AUTO_MAP
     assert code_files(tmp_path) == SHIPPED == code_files(PACKAGE) - {"__init__.py"}
 
@@ -366,7 +366,7 @@ def test_a_pipeline_gives_the_labels_of_the_model(backbone_type, tokenizer, text
     def classify_all(budget=None):
         return torch.cat([model(**tokenizer(text, return_tensors="pt"), budget=budget).logits for text in chosen])
 
-    for head, budget in ((model.classifier, 1.0), (model.narrow.head, 1 / 12)):
+    for head, budget in ((model.classifier, 1.0), (model.narrow.head.classifier_copy, 1 / 12)):
         *_, bias = head.parameters()
         bias.data -= classify_all(budget).mean(0)  # no label wins everywhere
     logits = classify_all()
@@ -389,13 +389,12 @@ def test_a_classifier_loads_as_encoder(backbone_type, tmp_path):
     model.save_pretrained(tmp_path)
     encoder, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     has_pooler = backbone_type == "bert"
-    poolers = {f"{part}dense.{kind}" for part in ("pooler.", "narrow.pooler.") for kind in ("weight", "bias")}
+    poolers = {f"{part}.pooler.dense.{kind}" for part in (backbone_type, "narrow") for kind in ("weight", "bias")}
     assert info["missing_keys"] == (set() if has_pooler else poolers)
     assert all(key.startswith(("classifier.", "narrow.head.")) for key in info["unexpected_keys"])
     state = {key: value for key, value in encoder.state_dict().items() if key not in info["missing_keys"]}
-    narrow = {key: x for key, x in model.state_dict().items() if key in of_narrow(state)}
-    assert_same_state(state, model.base_model.state_dict() | narrow)
-    assert narrow
+    assert_same_state(state, {key: x for key, x in model.state_dict().items() if key not in info["unexpected_keys"]})
+    assert of_narrow(state)
 
 
 def test_an_encoder_loads_as_classifier(backbone_type, tmp_path):
@@ -405,13 +404,12 @@ def test_an_encoder_loads_as_classifier(backbone_type, tmp_path):
     model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     heads = {key for key in model.state_dict() if key.startswith(("classifier.", "narrow.head."))}
     assert info["missing_keys"] == heads
-    poolers = {f"{part}dense.{kind}" for part in ("pooler.", "narrow.pooler.") for kind in ("weight", "bias")}
+    poolers = {f"{part}.pooler.dense.{kind}" for part in (backbone_type, "narrow") for kind in ("weight", "bias")}
     assert info["unexpected_keys"] == (set() if backbone_type == "bert" else poolers)
     state = {key: value for key, value in encoder.state_dict().items() if key not in info["unexpected_keys"]}
-    narrow = {key: x for key, x in model.state_dict().items() if key in of_narrow(state)}
-    assert_same_state(model.base_model.state_dict() | narrow, state)
+    assert_same_state({key: x for key, x in model.state_dict().items() if key not in heads}, state)
     for name, value in model.classifier.state_dict().items():
-        assert torch.equal(model.narrow.head.state_dict()[name], value)
+        assert torch.equal(model.narrow.head.classifier_copy.state_dict()[name], value)
 
 
 def test_the_stock_class_loads_our_folder(backbone_type, tmp_path):
@@ -508,7 +506,7 @@ def test_the_example_has_a_default_checkpoint(tmp_path, monkeypatch, capsys):
         (["--local", "here", "--repo", "there"], "not allowed with argument"),
         (["--model", "absent/folder", "--local", "{tmp}/new"], "error: --model absent/folder: "),
         (["--model", "{tmp}/broken", "--local", "{tmp}/new"], "/broken: Error while deserializing header"),
-        (["--model", "{tmp}/other", "--local", "{tmp}/new"], "'distilbert': supported are ['bert', 'roberta']"),
+        (["--model", "{tmp}/other", "--local", "{tmp}/new"], "'gpt2': supported are ['bert', "),
         (["--model", "{tmp}/other", "--local", "{tmp}/other"], "--local must be a new or empty folder, got"),
         (["--model", "{tmp}/other", "--local", "{tmp}/other/config.json"], "--local must be a new or empty folder"),
         (["--model", "{tmp}/plain", "--local", "{tmp}/other/config.json/new"], "Not a directory"),
@@ -520,7 +518,7 @@ def test_the_example_complains_clearly(arguments, complaint, tokenizer, tmp_path
     tokenizer.save_pretrained(stock_folder("bert", tmp_path / "broken"))
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"neither header nor tensors")
     tokenizer.save_pretrained(tmp_path / "other")
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "distilbert"}))
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(SystemExit) as stopped:
         run_example(monkeypatch, *(argument.format(tmp=tmp_path) for argument in arguments))
     assert stopped.value.code == 2

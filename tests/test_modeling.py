@@ -181,7 +181,7 @@ def test_a_unit_that_is_closed_has_no_influence(backbone_type):
 def test_the_encoder_alone_runs_at_a_budget_and_cannot_doubt(backbone_type):
     classifier, batch = budgetformer(backbone_type, looks=[0.25]), batch_of(LENGTHS, backbone_type)
     model = BudgetFormerModel(classifier.config).eval()
-    model.load_state_dict(classifier.base_model.state_dict(), strict=False)
+    model.load_state_dict(classifier.state_dict(), strict=False)
     narrow, masked = model(**batch), model(**batch, executor="masked")
     assert narrow.budget.tolist() == [0.25] * 4
     real = batch["attention_mask"].bool()
@@ -295,7 +295,7 @@ def test_what_is_new_is_written_when_a_plain_checkpoint_is_loaded(backbone_type,
     model, report = cls.from_pretrained(stock_folder(backbone_type, tmp_path), output_loading_info=True)
     task = cls is BudgetFormerForSequenceClassification
     new = {name.split(".")[0] for name in report["missing_keys"]}
-    assert new == {"narrow"} if task or backbone_type == "bert" else new == {"narrow", "pooler"}
+    assert new == {"narrow"} if task or backbone_type == "bert" else new == {"narrow", backbone_type}
     base = model.base_model
     narrow, full = model.narrow.layer[1], base.encoder.layer[1]
     rows = full.intermediate.dense.weight
@@ -402,7 +402,7 @@ def test_a_frozen_full_model_does_not_run_where_its_answers_are_given(backbone_t
     teacher_logits = model(**batch, budget=1.0).logits.detach()
     model.train()
     ran = []
-    model.base_model.encoder.register_forward_hook(lambda *_: ran.append(1))
+    model.full_layers()[0].register_forward_hook(lambda *_: ran.append(1))
     given = model(**batch, labels=labels, teacher_logits=teacher_logits)
     assert ran == []
     model.narrow.steps.fill_(0)
@@ -435,7 +435,7 @@ def test_rows_without_labels_teach_a_narrow_encoder_beside_a_frozen_model(backbo
     model = budgetformer(backbone_type, freeze_full=True).train()
     outputs = model(**batch_of(LENGTHS, backbone_type))
     outputs.loss.backward()
-    assert model.narrow.head.weight.grad is not None if backbone_type == "bert" else True
+    assert all(x.grad is not None for x in model.narrow.head.parameters())
     assert outputs.loss.item() == pytest.approx(model.training_log["divergence"].item())
 
 

@@ -19,12 +19,13 @@ KINDS = {
     "norm_after": {},
     "norm_first": {"norm_first": True},
     "gated": {"names": LayerNames(gate="gate")},
-    "norm_first_gated_without_biases": {"norm_first": True, "names": LayerNames(gate="gate"), "bias": False},
+    "norm_first_gated_without_biases": {"norm_first": True, "names": LayerNames(gate="gate")},
 }
 
 
 def narrow_layer(kind, heads=4, neurons=24):
-    config = BudgetFormerConfig.from_backbone_config(stock_config("bert"))
+    biases = dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias"), not kind.endswith("without_biases"))
+    config = BudgetFormerConfig.from_backbone_config(stock_config("bert"), **biases)
     layer = NarrowLayer(config, replace(BACKBONES["bert"], **KINDS[kind]), heads, neurons)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -175,9 +176,8 @@ def test_at_full_width_it_is_the_full_encoder(backbone_type, executor):
     order = torch.Generator().manual_seed(0)
     model.init_narrow([Importance(torch.rand(4, generator=order), torch.rand(24, generator=order)) for _ in range(3)])
     ids, mask = batch_of([7, 12, 1, 4], backbone_type).values()
-    embedded = model.base_model.embed(ids, mask, None, None, None, None, executor, {})
-    hidden = model.narrow(embedded.hidden, embedded.batch, model.narrow.widest.counts, executor == "masked")
-    answer = model.narrow.answer(embedded.batch.first(hidden))
+    embedded = model.embed({"input_ids": ids, "attention_mask": mask}, executor=executor)
+    answer = model._answer(embedded, model.narrow.widest)
     expected = model(ids, mask, budget=1.0, executor=executor).logits
     torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
 

@@ -157,7 +157,7 @@ def test_an_infinite_logit_opens_all_heads(gate_type):
 def test_a_fresh_router_spends_what_is_asked_and_scores_near_zero():
     config = config_of(need_scale=0.0)
     router = HeadRouter(config)
-    initialise = budgetformer("bert", router="layer")._init_weights
+    initialise = budgetformer("bert", router="layer").base_model.encoder._init_weights
     own = OwnBudget(config)
     for module in [*router.modules(), own]:
         initialise(module)

@@ -276,7 +276,7 @@ def test_where_the_teacher_has_spoken_the_frozen_model_does_not_run(tokenizer, t
     assert asked == []
     moved = changed(before, model.state_dict())
     assert all(name.startswith("narrow.") for name in moved)
-    assert {"narrow.steps", "narrow.head.weight", "narrow.layer.0.qkv.weight"} <= moved
+    assert {"narrow.steps", "narrow.head.classifier_copy.weight", "narrow.layer.0.qkv.weight"} <= moved
 
 
 def test_the_callback_logs_the_parts_of_the_loss_for_everyone_who_reads_logs(tokenizer, tokenized, tmp_path):

@@ -97,17 +97,18 @@ class Embedded:
 
 
 class _Answered:
-    """A stock model whose encoder has answered already: called as itself, it does what stands behind the encoder.
+    """A model whose encoder has answered already: what the stock class's forward does with it is what stands behind.
 
     Args:
         model: Whose parts and configuration are used.
-        prefix: Where the encoder would be.
         outputs: What the encoder says.
+        parts: Modules in place of the model's, by name.
     """
 
-    def __init__(self, model: nn.Module, prefix: str, outputs: BaseModelOutputWithPooling) -> None:
+    def __init__(self, model: Any, outputs: BaseModelOutputWithPooling, parts: Mapping[str, nn.Module]) -> None:
         self._model = model
-        setattr(self, prefix, lambda *_, **__: outputs)
+        vars(self).update(parts)
+        setattr(self, model.base_model_prefix, lambda *_, **__: outputs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -196,8 +197,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         self.backbone = BACKBONES[config.backbone_model_type]
         if config.router == "layer" and self.backbone.names != LayerNames():
             raise ValueError(
-                f"router must be 'look' for a backbone of type {config.backbone_model_type!r}, got 'layer': the paper's "
-                "routers are built into BERT's layers."
+                f"router must be 'look' for a backbone of type {config.backbone_model_type!r}, got 'layer': the "
+                "paper's routers are built into BERT's layers."
             )
         self.training_log: dict[str, torch.Tensor] = {}
         self._adopt(**kwargs)
@@ -237,13 +238,12 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         self.narrow = None
         if config.router == "look":
             # Its head is the stock one, made without an encoder.
-            small: Any = self._build_stock(
-                kwargs, **bare, vocab_size=1, pad_token_id=0, max_position_embeddings=1, type_vocab_size=1
-            )
+            least: Any = dict.fromkeys(name for name in vars(config) if name.endswith("_token_id"))
+            least |= {"vocab_size": 1, "pad_token_id": 0, "max_position_embeddings": 1, "type_vocab_size": 1}
+            small: Any = self._build_stock(kwargs, **bare, **least)
             pooler = getattr(getattr(small, prefix, small), "pooler", None)
-            if hasattr(small, prefix):
-                delattr(small, prefix)
-            self.narrow = NarrowEncoder(config, pooler, None if base is stock else small)
+            head = {name: part for name, part in small.named_children() if name != prefix}
+            self.narrow = NarrowEncoder(config, pooler, None if base is stock else head)
 
     def _build_stock(self, kwargs: dict[str, Any], **changes: Any) -> Any:
         stock = stock_config(self.config, **changes)
@@ -320,7 +320,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
     def copy_head(self) -> None:
         """Copies what stands behind the full encoder's layers: last norm, pooler and head, where there are any."""
         narrow, base, norm = self.narrow, self.base_model, self.backbone.final_norm
-        pairs: list[tuple[Any, Any]] = [(narrow.pooler, getattr(base, "pooler", None)), (narrow.head, self)]  # type: ignore[union-attr]
+        pairs: list[tuple[Any, Any]] = [(narrow.pooler, getattr(base, "pooler", None))]  # type: ignore[union-attr]
+        pairs += [(part, getattr(self, name)) for name, part in narrow.head_parts().items()]  # type: ignore[union-attr]
         if norm is not None:
             pairs.append((narrow.norm, getattr(base, norm)))  # type: ignore[union-attr]
         for own, full in pairs:
@@ -423,7 +424,13 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
 
     # Running
 
-    def embed(self, given: dict[str, Any], budget: Any, executor: str | None, kwargs: dict[str, Any]) -> Embedded:
+    def embed(
+        self,
+        given: Mapping[str, Any],
+        budget: Any = None,
+        executor: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Embedded:
         """Checks the arguments of `forward`, embeds, and takes padding away where nothing stands against it.
 
         Args:
@@ -432,9 +439,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             executor: As `forward` takes it.
             kwargs: Further arguments of `forward`.
         """
-        given = dict(given)
+        given, kwargs = dict(given), dict(kwargs or {})
         mask = given.pop("attention_mask", None)
-        input_ids, position_ids, inputs_embeds = (given[x] for x in ("input_ids", "position_ids", "inputs_embeds"))
+        input_ids, position_ids, inputs_embeds = (given.get(x) for x in ("input_ids", "position_ids", "inputs_embeds"))
         _check_inputs(self.config, input_ids, mask, position_ids, inputs_embeds, kwargs)
         tokens: Any = inputs_embeds if input_ids is None else input_ids
         if budget is not None:
@@ -473,11 +480,12 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         """Position numbers as the stock embeddings give them, (1, L) or (B, L) int64, of ids or embedded tokens."""
         first = 0
         if self.backbone.positions_follow_padding:
-            padding = self.config.pad_token_id
+            base: Any = self.base_model
+            padding: int = base.embeddings.padding_idx  # Trainer may change the configuration's
             if not embedded:
                 real = (tokens != padding).long()
                 return real.cumsum(1) * real + padding
-            first = padding + 1  # type: ignore[operator]
+            first = padding + 1
         return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
 
     def recorded(self, kwargs: dict[str, Any], name: str) -> bool:
@@ -804,10 +812,9 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             last_hidden_state=embedded.batch.pad(hidden) if reads_all else first,
             pooler_output=None if pooler is None else pooler(first),
         )
-        kind, model = (type(own.head), own.head) if narrow else (self.stock_class, self)
-        answered = _Answered(model, self.base_model_prefix, outputs)
+        answered = _Answered(self, outputs, own.head_parts() if narrow else {})
         mask = embedded.mask if reads_all else None
-        return kind.forward(answered, attention_mask=mask, labels=labels, return_dict=True)
+        return self.stock_class.forward(answered, attention_mask=mask, labels=labels, return_dict=True)
 
     def _answer(self, embedded: Embedded, look: Look) -> torch.Tensor:
         """Logits (b, num_labels) of one look."""
@@ -925,8 +932,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         """With the paper's routers."""
         base: Any = self.base_model
         found, routing, routers_loss = self.run_routed(embedded, budget, kwargs)
-        answered = _Answered(self, self.base_model_prefix, found)
-        said = self.stock_class.forward(answered, labels=labels, return_dict=True)
+        said = self.stock_class.forward(_Answered(self, found, {}), labels=labels, return_dict=True)
         logits, loss = said.logits, said.loss
         if routers_loss is not None:
             log = base.encoder.training_log

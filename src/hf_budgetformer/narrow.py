@@ -6,7 +6,7 @@ ones are multiplied by zero: the reference. Nested widths are DynaBERT's (arXiv 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -20,6 +20,10 @@ from .attention import CHUNK_TOKENS, EVERYTHING, Reach, attend_packed, attend_pa
 from .backbones import BACKBONES, Backbone, LayerNames
 from .budgets import TRAINED_SHARES, Counts, Look, OpeningOrder
 from .packing import PackedBatch, PaddedBatch, Sequences
+
+
+# Ends the names of the narrow encoder's copies of the stock head's parts.
+_COPY = "_copy"
 
 
 class Importance(NamedTuple):
@@ -175,7 +179,7 @@ class NarrowEncoder(nn.Module):
     Args:
         config: A `BudgetFormerConfig`.
         pooler: A pooler like the stock class's, to be its own; None: that has none.
-        head: The stock class's head, a model without its encoder, to be its own; None: there is none.
+        head: Parts of the stock class's head by name, to be its own; None: there is none.
 
     Attributes:
         steps: Training forward passes seen, an int64 scalar buffer: 0 until it has been trained.
@@ -184,7 +188,7 @@ class NarrowEncoder(nn.Module):
 
     steps: torch.Tensor
 
-    def __init__(self, config: Any, pooler: nn.Module | None, head: nn.Module | None) -> None:
+    def __init__(self, config: Any, pooler: nn.Module | None, head: Mapping[str, nn.Module] | None) -> None:
         super().__init__()
         backbone = BACKBONES[config.backbone_model_type]
         self.order = OpeningOrder(config)
@@ -199,7 +203,9 @@ class NarrowEncoder(nn.Module):
         if backbone.final_norm:
             norm_bias = getattr(config, "norm_bias", True)
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=norm_bias)
-        self.pooler, self.head = pooler, head
+        self.pooler = pooler
+        # Of other names than the stock ones, which adapters look for.
+        self.head = None if head is None else nn.ModuleDict({name + _COPY: part for name, part in head.items()})
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -229,6 +235,10 @@ class NarrowEncoder(nn.Module):
         for layer, heads, neurons, reach in zip(self.layer, counts.heads, counts.neurons, every, strict=True):
             hidden = layer(hidden, batch.layout, heads, neurons, masked, reach)
         return hidden if self.norm is None else self.norm(hidden)
+
+    def head_parts(self) -> dict[str, nn.Module]:
+        """Parts of its head, by the stock class's names."""
+        return {name.removesuffix(_COPY): part for name, part in (self.head or {}).items()}
 
     def pool(self, first: torch.Tensor) -> torch.Tensor | None:
         """Pooler's output of first tokens, (B, D) -> (B, D); None without a pooler."""

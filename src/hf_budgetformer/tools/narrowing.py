@@ -13,7 +13,8 @@ from ..narrow import Importance
 def _check_narrow(model: Any) -> Any:
     """The model, if it has a narrow encoder beside a full one and a head; raises ValueError."""
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "budgetformer" or getattr(model, "num_labels", None) is None:
+    kind = getattr(config, "model_type", None)
+    if kind != "budgetformer" or not hasattr(model, "num_labels") or not model.config.full_encoder:
         raise ValueError(
             f"model must be a BudgetFormer classifier with a full encoder, got {type(model).__name__}: make one with "
             "BudgetFormerForSequenceClassification.from_pretrained(checkpoint)."
