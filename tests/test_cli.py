@@ -262,14 +262,14 @@ def test_predict_takes_arguments_standard_input_and_files(model, tmp_path, run, 
 
 @pytest.fixture
 def resumable(tmp_path, texts, tokenizer, monkeypatch):
-    """Predicts the texts into a file, by a model that is interrupted after so many batches."""
+    """Predicts the texts into a file, by a model that is interrupted after so many of its calls."""
     monkeypatch.setattr(prediction, "WINDOW", 2)
     ours = budgetformer("bert")
     forward = ours.forward
     texts.to_parquet(tmp_path / "texts.parquet")
 
-    def start(output, batches=1000, **options):
-        def stop(*arguments, left=[batches], **named):  # noqa: B006
+    def start(output, calls=1000, **options):
+        def stop(*arguments, left=[calls], **named):  # noqa: B006
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
@@ -288,7 +288,7 @@ def test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been(resumable, tmp_path, 
     whole = (tmp_path / "whole.jsonl").read_bytes()
     assert [json.loads(line)["row"] for line in whole.splitlines()] == list(range(64))
     with pytest.raises(KeyboardInterrupt):
-        resumable("part.jsonl", batches=13)
+        resumable("part.jsonl", calls=27)  # a window takes four, two for each look: in the midst of a second look
     partial = tmp_path / "part.jsonl.partial"
     written = partial.read_bytes()
     assert whole.startswith(written)
@@ -302,7 +302,7 @@ def test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been(resumable, tmp_path, 
 
 def test_only_the_same_run_is_taken_up(resumable, tmp_path, texts):
     with pytest.raises(KeyboardInterrupt):
-        resumable("part.jsonl", batches=5)
+        resumable("part.jsonl", calls=5)
     kept = (tmp_path / "part.jsonl.partial").read_bytes()
     for options, changed in (
         ({"spent": False}, "spent"),
