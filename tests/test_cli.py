@@ -195,6 +195,17 @@ def test_profile_keeps_the_cost_card(model, data, run):
     assert found["settings"]["training_seconds"] == 60.0
 
 
+def test_profile_says_what_is_gained_on_what_else_there_is(model, data, run):
+    options = ["--budgets", "0.25,plain", "--rows", 8, "--repeats", 1, "--against", "sorted"]
+    out = good(run("profile", model, data, *options))
+    assert "stock, as they come" in out
+    assert "On these texts a plain call answers" in out.splitlines()[-1]
+    assert [rival["name"] for rival in only_result(model, "costs").result["rivals"]] == ["as they come", "sorted"]
+    code, out, err = run("profile", model, data, "--against", "onnx,tvm")
+    assert (code, out) == (2, "")
+    assert "--against must be of ['sorted', 'onnx', 'onnx-int8', 'openvino', 'openvino-int8'], got ['tvm']" in err
+
+
 def test_cut_saves_a_static_model_and_tries_it(model, data, tmp_path, run):
     out = good(run("cut", model, "--output", tmp_path / "small", "--budget", 0.25, "--test", data))
     small, _ = load_classifier(str(tmp_path / "small"))
