@@ -6,7 +6,7 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .batching import batches_by_length
+from .batching import batches_by_length, tokenized
 from .checkpoints import check_classifier, distinct_budgets
 from .evaluation import BUDGETS
 from .tuning import describe_promise, kept_promise
@@ -389,11 +389,11 @@ def cost_card(
         raise ValueError(f"dataset must have rows, and a column 'text' or 'input_ids', got {got}.")
     chosen = np.unique(np.linspace(0, len(dataset) - 1, rows).astype(int))
     columns = dataset.with_format(None)[chosen.tolist()]
-    sorted_batches = batches_by_length(columns, tokenizer, batch_size, max_length)
-    batches = [batch.to(ours.device) for _, batch in sorted_batches]
-    placed = [(place.item(), batch) for place, batch in batches_by_length(columns, tokenizer, 1, max_length)]
-    singles = [batch.to(ours.device) for _, batch in placed]
-    unsorted_batches = [batch.to(ours.device) for batch in _batch_in_order(placed, tokenizer, batch_size)]
+    inputs = tokenized(columns, tokenizer, max_length)
+    batches, singles = (
+        [batch.to(ours.device) for _, batch in batches_by_length(inputs, tokenizer, size)] for size in (batch_size, 1)
+    )
+    unsorted_batches = [batch.to(ours.device) for batch in _batches_in_order(inputs, tokenizer, batch_size)]
     masks = [batch["attention_mask"] for batch in batches]
     settings = {
         "checkpoint": ours.name_or_path,
@@ -431,15 +431,11 @@ def _check_comparable(against: Sequence[str], model: Any) -> None:
         raise ValueError(f"against must be of ['sorted'] for a model on {model.device}, got {list(against)}.")
 
 
-def _batch_in_order(
-    placed: Iterable[tuple[int, BatchEncoding]], tokenizer: PreTrainedTokenizerBase, size: int
-) -> list[BatchEncoding]:
-    """Padded batches of single inputs, each with its place in the data, in the order of the data."""
-    rows = [
-        {name: values[0].tolist() for name, values in single.items()}
-        for _, single in sorted(placed, key=lambda pair: pair[0])
-    ]
-    return [tokenizer.pad(rows[start : start + size], return_tensors="pt") for start in range(0, len(rows), size)]
+def _batches_in_order(
+    inputs: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, size: int
+) -> Iterator[BatchEncoding]:
+    for start in range(0, len(inputs["input_ids"]), size):
+        yield tokenizer.pad({name: x[start : start + size] for name, x in inputs.items()}, return_tensors="pt")
 
 
 def _check_answers(model: Any, stock: Any, batches: Any) -> None:
