@@ -8,6 +8,7 @@ from typing import Any
 from accuracy.report import kept
 from accuracy.report import plot as accuracy_plot
 from accuracy.report import tables as accuracy_tables
+from level_deferred import section as deferred_section
 from measure import table
 from paper.report import tables as paper_tables
 
@@ -110,7 +111,7 @@ def training_section(result: dict[str, Any]) -> str:
     return "\n" + table(head, rows)
 
 
-SECTIONS = {"model": model_section, "training": training_section}
+SECTIONS = {"model": model_section, "training": training_section, "deferred": deferred_section}
 
 
 def target_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:

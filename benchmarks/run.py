@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import level_deferred
 import level_model
 import level_training
 import torch
@@ -17,7 +18,7 @@ from measure import ROOT, TOLERANCE, environment, read_json
 
 
 COMMON = {"level": "", "title": "", "threads": [2], "repeats": 7, "seed": 0, "dtype": "float32"}
-LEVELS: dict[str, Any] = {"model": level_model, "training": level_training}
+LEVELS: dict[str, Any] = {"model": level_model, "training": level_training, "deferred": level_deferred}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
