@@ -5,6 +5,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from datasets import Dataset
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu
 import inputs
 import level_model
 import measure
@@ -197,6 +199,72 @@ def test_what_disagrees_is_not_timed(measured, monkeypatch, settings):
     with pytest.raises(SystemExit, match=r"differs by .* from the reference"):
         measured(settings)
     assert timed == []
+
+
+@pytest.fixture
+def dry_run(tmp_path):
+    """Runs the GPU's benchmark at tiny shapes on the CPU; returns what was written."""
+
+    def run_dry(*arguments):
+        path = tmp_path / "gpu.json"
+        gpu.main(["--dry-run", "--output", str(path), *arguments])
+        return json.loads(path.read_text())
+
+    return run_dry
+
+
+def test_the_benchmark_of_the_gpu_runs_dry(dry_run):
+    result = dry_run()
+    assert [cell["kind"] for cell in result["cells"]] == ["inference", "inference", "training"]
+    assert result["left_out"] == []
+    first, _, training = result["cells"]
+    names = [f"{name} {dtype}" for dtype in ("bf16", "fp32") for name in ("stock", "all open", "1/2", "1/4", "looks")]
+    assert list(first["ways"]) == names
+    for way in first["ways"].values():
+        assert set(way["over"]) == {"stock bf16", "stock fp32", gpu.BASELINE}
+    assert first["ways"][gpu.BASELINE]["over"][gpu.BASELINE]["median"] == 1.0
+    assert 0.0 < first["max_difference"] < 0.1
+    assert 0.0 < first["padding"] < 0.75
+    assert first["doubted"]["fp32"] == 0.25  # of four rows
+    assert list(training["ways"]) == ["stock", "learning", "frozen"]
+
+
+def test_the_benchmark_of_the_gpu_keeps_what_it_has_when_the_time_is_over(dry_run, monkeypatch):
+    clock = [0.0]
+
+    def measure_slowly(*given):
+        clock[0] += 20.0
+        return {}
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(gpu, "measure_inference", measure_slowly)
+    result = dry_run("--seconds", "30")
+    assert [cell["batch"] for cell in result["cells"]] == [4]
+    assert [(place["kind"], place["batch"]) for place in result["left_out"]] == [("inference", 2), ("training", 4)]
+
+
+def test_what_disagrees_on_the_gpu_is_not_timed(dry_run, monkeypatch):
+    answer = BudgetFormerForSequenceClassification.forward
+
+    def wrong(self, *given, **options):
+        outputs = answer(self, *given, **options)
+        if options.get("budget") == 0.25 and options.get("executor") is None:
+            outputs.logits = outputs.logits + 0.5
+        return outputs
+
+    monkeypatch.setattr(BudgetFormerForSequenceClassification, "forward", wrong)
+    first, _, training = dry_run()["cells"]
+    assert "1/4 bf16 differs by" in first["failed"]
+    assert "ways" not in first
+    assert "ways" in training
+
+
+def test_without_a_gpu_the_benchmark_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([])
+    assert ended.value.code == 2
+    assert "there is no CUDA device here" in capsys.readouterr().err
 
 
 def test_not_a_number_disagrees():
