@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # A folder of <name>/{train,test}.parquet, for bench-full (ag_news, imdb) and accuracy.
 DATA ?=
 
-.PHONY: test test-slow test-browser test-data demo docs bench bench-full accuracy quality style clean
+.PHONY: test test-slow test-browser test-data demo docs bench bench-full bench-gpu accuracy quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ bench-full: $(VENV)/.installed
 	@test -n "$(DATA)" || { echo 'usage: make bench-full DATA=folder [BENCH_ARGS="--checkpoint folder --resume"]'; exit 2; }
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py benchmarks/experiments/*.json --data "$(DATA)" $(BENCH_ARGS)
 	$(BIN)/python benchmarks/report.py
+
+# Needs CUDA, and a torch for it in PYTHON's environment: the one above is for the CPU.
+bench-gpu:
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
 
 # A day on two cores; what is in the work folder already is not made again.
 WORK ?= build/accuracy

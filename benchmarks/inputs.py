@@ -23,12 +23,13 @@ from transformers.utils import logging
 from hf_budgetformer import BudgetFormerConfig, BudgetFormerForSequenceClassification
 
 
-def read_texts(name: str, data: Path | None, count: int, seed: int) -> tuple[list[str], dict[str, Any]]:
-    """Draws `count` texts; and where they are from.
+def read_texts(name: str, data: Path | None, count: int, seed: int) -> tuple[list[Any], dict[str, Any]]:
+    """Draws `count` texts, or (text, text_pair) where the data set is of pairs; and where they are from.
 
     Args:
         name: Of the data set: a folder of `data`, or "docstrings", which needs no data.
-        data: Folder of data sets, or a parquet file with a column `text`, or a file with a text on each line.
+        data: Folder of data sets, or a parquet file with a column `text` and, for pairs, `text_pair`, or a file with a
+            text on each line.
         count: Texts to draw.
         seed: Of the draw.
     """
@@ -40,7 +41,10 @@ def read_texts(name: str, data: Path | None, count: int, seed: int) -> tuple[lis
         if path.suffix == ".parquet":
             import pyarrow.parquet  # datasets brings it
 
-            texts = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+            table = pyarrow.parquet.read_table(path)
+            texts = table["text"].to_pylist()
+            if "text_pair" in table.column_names:
+                texts = list(zip(texts, table["text_pair"].to_pylist(), strict=True))
         else:
             texts = [line for line in path.read_text().splitlines() if line.strip()]
         name = path.name if path == data else f"{name}/test"
@@ -78,8 +82,8 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(minilm())
 
 
-def tokenize(texts: list[str], max_length: int) -> list[list[int]]:
-    """Token ids of each text, cut."""
+def tokenize(texts: list[Any], max_length: int) -> list[list[int]]:
+    """Token ids of each text or pair, cut; token types, on which no time depends, are left out."""
     return load_tokenizer()(texts, truncation=True, max_length=max_length)["input_ids"]
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[1]
+LEAST_ROUNDS = 3
+PACKAGES = ("hf-budgetformer", "torch", "transformers", "numpy", "onnxruntime", "openvino", "nncf")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
@@ -60,17 +62,23 @@ def stopwatch(run: Callable[[], Any], least_seconds: float = 0.0) -> Callable[[i
     return timed
 
 
-def interleave(variants: dict[str, Callable[[int], float]], repeats: int) -> dict[str, list[float]]:
+def interleave(
+    variants: dict[str, Callable[[int], float]], repeats: int, seconds: float = inf
+) -> dict[str, list[float]]:
     """Seconds of each variant in each round, taken in turn, A B A B, so that a slow minute hits all alike.
 
     Args:
         variants: From the number of the round to seconds; round 0 warms up and does not count.
-        repeats: Rounds that count.
+        repeats: Rounds that count, at most.
+        seconds: No round begins once so much time has passed, but `LEAST_ROUNDS` count anyway.
     """
     for run in variants.values():
         run(0)
     times: dict[str, list[float]] = {name: [] for name in variants}
+    end = time.perf_counter() + seconds
     for round_number in range(1, repeats + 1):
+        if round_number > LEAST_ROUNDS and time.perf_counter() > end:
+            break
         for name, run in variants.items():
             times[name].append(run(round_number))
     return times
@@ -132,20 +140,26 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _read_cpu(field: str) -> str:
+    """What /proc/cpuinfo says of the first processor; empty where there is no such file or field."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(_read_cpu("flags").split()))
+
+
 def environment() -> dict[str, Any]:
     """Versions, hardware, commit, and how busy the machine was at the start."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-        if (info.exists())
-        else []
-    )
     sources = ("src", "benchmarks", ":(exclude,glob)benchmarks/**/results/**", ":(exclude)benchmarks/README.md")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("hf-budgetformer", "torch", "transformers", "numpy")},
-        "cpu": names[0] if names else platform.processor(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": _read_cpu("model name") or platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],

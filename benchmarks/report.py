@@ -8,6 +8,7 @@ from typing import Any
 from accuracy.report import kept
 from accuracy.report import plot as accuracy_plot
 from accuracy.report import tables as accuracy_tables
+from level_deferred import section as deferred_section
 from measure import table
 from paper.report import tables as paper_tables
 
@@ -25,8 +26,9 @@ ratio is taken round by round: the median of the rounds, quartiles in brackets. 
 agree: the full model's with the stock model's, packed ones with `executor="masked"`.
 
 "ours b" is every input at the budget b; "looks a, all for p" is a first look at a, and the full model for the share p
-of the inputs, those with the least sure answers; "cut b" the static model that was cut to b; "sorted" batches texts by
-length. The models that are timed so have not been trained; accuracies are further below.
+of the inputs, those with the least sure answers; "cut b" the static model that was cut to b; onnx and openvino the
+stock model in onnxruntime and OpenVINO; "sorted" batches texts by length. The models that are timed so have not been
+trained; accuracies are further below.
 """
 NOTHING = "\nThere are no measurements of speed yet: `make bench-full` makes them.\n"
 
@@ -56,9 +58,12 @@ def describe(result: dict[str, Any]) -> str:
     """What was run, where."""
     agreement = result["agreement"]
     data = result["data"] if isinstance(result["data"], list) else [result["data"]]
-    names = ", ".join(f"{x['name']} (sha256 {x['sha256'][:12]})" for x in data)
+    rounds = str(result["settings"]["repeats"])
+    if {"seconds", "cell_seconds"} & result["settings"].keys():
+        rounds = f"at most {rounds}"
+    names = ", ".join(f"{x['name']} (sha256 {x['sha256'][:12]})" for x in data) or "random tokens"
     return (
-        f"{names}; {result['settings']['dtype']}; {result['settings']['repeats']} rounds; {made_with(result)}; outputs "
+        f"{names}; {result['settings']['dtype']}; {rounds} rounds; {made_with(result)}; outputs "
         f"within {agreement['max_difference']:.1g} of the reference ({agreement['checks']} checks).\n"
     )
 
@@ -71,12 +76,15 @@ def model_section(result: dict[str, Any]) -> str:
         f"\nBatches of {settings['batch_size']}, cut at {settings['max_length']} tokens; "
         f"{1 - tokens['real'] / tokens['padded']:.0%} of the tokens are padding as batches come.\n"
     )
-    if figures["spent"]:
-        spent = ", ".join(
-            f"{settings['first_look'] + float(share.rstrip('%')) / 100:.3f} asked for, {mean:.3f} spent"
-            for share, mean in figures["spent"].items()
+    if looks := figures.get("looks"):
+        told = [f"{name}: {x['doubted']:.1%} doubted, {x['spent']:.3f} spent" for name, x in looks.items()]
+        text += f"\nLooks, share of the inputs and mean budget: {'; '.join(told)}.\n"
+    if memory := figures.get("memory"):
+        ours = memory["ours 1/4"]
+        text += (
+            f"\nMost memory held at 1/4: {ours['ratio']:.2f} of stock's with both encoders' weights, "
+            f"{ours['ratio_beside_weights']:.2f} beside the weights.\n"
         )
-        text += f"\nMean budgets of the looks: {spent}.\n"
     for threads in thread_counts(result):
         found, rows = figures[threads], []
         for name, x in found["ways"].items():
@@ -90,7 +98,43 @@ def model_section(result: dict[str, Any]) -> str:
                 f"{latency['p50']:.1f} / {latency['p95']:.1f} ms, {latency['ratio']:.2f}x" if latency else "-",
             ])  # fmt: skip
         head = ["", "batch", "stock /", "sorted stock /", "ours 1 /", "one text: p50 / p95, stock /"]
-        text += f"\n{threads} threads\n\n" + table(head, rows)
+        rounds = f", {found['rounds']} rounds" if "rounds" in found else ""
+        text += f"\n{threads} threads{rounds}\n\n" + table(head, rows)
+        if rivals := settings.get("rivals"):
+            text += "\n" + rival_table(found, rivals)
+        if shares := found.get("routing_share"):
+            told = [f"{name}: {x['median']:.2%}" for name, x in shares.items()]
+            text += (
+                f"\nRouting (counts, confidence, splitting off the doubted), share of the time: {'; '.join(told)}.\n"
+            )
+    return text
+
+
+def rival_table(found: dict[str, Any], rivals: list[str]) -> str:
+    """How many times faster ours is than other runtimes on sorted batches."""
+    rows = [["labels as stock's", *(f"{found['same_labels'][rival]:.1%}" for rival in rivals)]]
+    for name, x in found["ways"].items():
+        if name.startswith(("ours", "looks")) and name.endswith("sorted"):
+            rows.append([name, *(times(x["ratio_to_rivals"][rival]) for rival in rivals)])
+    return table(["", *(f"{rival} sorted /" for rival in rivals)], rows)
+
+
+def cells_section(result: dict[str, Any]) -> str:
+    """One row for each batch size and length, one column for each budget; and the worst."""
+    text = ""
+    for threads in thread_counts(result):
+        figures = result["figures"][threads]
+        budgets = result["settings"]["budgets"]
+        rows: dict[tuple[int, int], list[str]] = {}
+        for cell in figures["cells"]:
+            rows.setdefault((cell["batch"], cell["length"]), []).append(times(cell["ratio"]))
+        worst = figures["worst"]
+        text += (
+            f"\n{threads} threads, stock's time / ours; worst: {worst['ratio']['median']:.2f}x, batch "
+            f"{worst['batch']}, length {worst['length']}, budget {worst['budget']:.3g}\n\n"
+        )
+        body = [[str(batch), str(length), *ratios] for (batch, length), ratios in rows.items()]
+        text += table(["batch", "length", *(f"{budget:.3g}" for budget in budgets)], body)
     return text
 
 
@@ -110,7 +154,7 @@ def training_section(result: dict[str, Any]) -> str:
     return "\n" + table(head, rows)
 
 
-SECTIONS = {"model": model_section, "training": training_section}
+SECTIONS = {"model": model_section, "cells": cells_section, "training": training_section, "deferred": deferred_section}
 
 
 def target_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -132,7 +176,7 @@ def target_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> bool:
     """Ratios of the whole models as bars with quartiles, one panel each; whether there is anything to show."""
-    models = {name: x for name, x in results.items() if x["settings"]["level"] == "model"}
+    models = {name: x for name, x in results.items() if x["settings"]["level"] == "model" and "skipped" not in x}
     if not models:
         return False
     most = max(len(x["figures"][thread_counts(x)[0]]["ways"]) for x in models.values())
@@ -141,7 +185,8 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> bool:
         found = result["figures"][thread_counts(result)[0]]["ways"]
         ratios = [x["ratio"] for x in found.values()]
         errors = [[x["median"] - x["q1"] for x in ratios], [x["q3"] - x["median"] for x in ratios]]
-        colours = [f"C{['stock', 'ours', 'looks', 'cut'].index(name.split()[0])}" for name in found]
+        kinds = {"stock": "C0", "ours": "C1", "looks": "C2", "cut": "C3"}
+        colours = [kinds.get(name.split()[0], "C4") for name in found]
         axis.barh(list(found), [x["median"] for x in ratios], xerr=errors, color=colours)
         axis.invert_yaxis()
         axis.axvline(1.0, color="grey", linewidth=0.8)
@@ -158,7 +203,7 @@ def savings(results: dict[str, dict[str, Any]]) -> str:
     }  # fmt: skip
     rows = []
     for result in results.values():
-        figures = result["figures"].get("2", {})
+        figures = result.get("figures", {}).get("2", {})
         if result["settings"]["level"] == "model" and set(columns.values()) <= figures.get("ways", {}).keys():
             ratios = [figures["ways"][way]["ratio"]["median"] for way in columns.values()]
             ratios.append(figures["latency_ms"]["ours 1/4"]["ratio"])
@@ -198,6 +243,9 @@ def write_report(results_folder: Path, output: Path) -> Path:
         text += "\n![Times faster than stock](models.png)\n"
     for name, result in results.items():
         title = result["settings"]["title"] or name
+        if "skipped" in result:
+            text += f"\n## {title}\n\n`experiments/{name}.json`: skipped, {result['skipped']}\n"
+            continue
         text += f"\n## {title}\n\n`experiments/{name}.json`: {describe(result)}"
         text += SECTIONS[result["settings"]["level"]](result)
     accuracy = results_folder.parent / "accuracy" / "results"

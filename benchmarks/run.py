@@ -1,6 +1,7 @@
 """Measures experiments and writes what it found: run.py experiments/X.json -> results/X.json.
 
-Each experiment first checks that outputs agree with the masked reference, and is not timed where they do not.
+Each experiment first checks that outputs agree with the masked reference, and is not timed where they do not. One in
+bfloat16 is skipped, and its result says so, where the processor has none.
 """
 
 import argparse
@@ -9,15 +10,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import level_cells
+import level_deferred
 import level_model
 import level_training
 import torch
 from inputs import keep_quiet
 from measure import ROOT, TOLERANCE, environment, read_json
 
+from hf_budgetformer.tools.profiling import RIVALS, check_against
+
 
 COMMON = {"level": "", "title": "", "threads": [2], "repeats": 7, "seed": 0, "dtype": "float32"}
-LEVELS: dict[str, Any] = {"model": level_model, "training": level_training}
+LEVELS: dict[str, Any] = {
+    "model": level_model,
+    "cells": level_cells,
+    "training": level_training,
+    "deferred": level_deferred,
+}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -44,6 +54,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     for dtype in (settings["dtype"], *(cell["dtype"] for cell in cells if "dtype" in cell)):
         if dtype not in TOLERANCE:
             raise SystemExit(f"{path}: dtype must be one of {list(TOLERANCE)}, got {dtype!r}.")
+    try:
+        check_against(settings.get("rivals", []), RIVALS)
+    except ValueError as error:
+        raise SystemExit(f"{path}: rivals: {error}") from None
     return settings
 
 
@@ -81,7 +95,10 @@ def main(arguments: list[str] | None = None) -> None:
         }
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{target}: {result['seconds']} s, outputs within {result['agreement']['max_difference']:.1g}")
+        if "skipped" in result:
+            print(f"{target}: skipped, {result['skipped']}")
+        else:
+            print(f"{target}: {result['seconds']} s, outputs within {result['agreement']['max_difference']:.1g}")
 
 
 if __name__ == "__main__":

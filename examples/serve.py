@@ -14,6 +14,7 @@ import math
 import signal
 import sys
 import time
+from dataclasses import dataclass, replace
 from multiprocessing import active_children, parent_process
 from queue import Empty
 from typing import Annotated, Any
@@ -21,8 +22,9 @@ from typing import Annotated, Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_budgetformer.budgets import plan_looks
+from hf_budgetformer.budgets import Plan, plan_looks
 from hf_budgetformer.tools.checkpoints import load_classifier
+from hf_budgetformer.tools.looking import plan_deferred, take_look
 
 
 try:
@@ -50,26 +52,67 @@ class Question(BaseModel):
     budget: float | None = Field(None, gt=0, le=1)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A question that is not answered yet.
+
+    Args:
+        tokens: What the tokenizer made of it.
+        budget: As asked for; None: a plain call.
+        look: Number of the look that comes next in a plain call.
+        spent: Share of the full model's work so far.
+        since: When a look doubted it first, in seconds of the monotonic clock.
+    """
+
+    tokens: Any
+    budget: float | None
+    look: int = 0
+    spent: float = 0.0
+    since: float = math.inf
+
+
 class QueueLoop(BatchedLoop):
-    """LitServe's batches, but it sleeps until a request comes, and tells the API how many a batch left waiting."""
+    """LitServe's batches, but it sleeps until a request comes, and tells the API how many a batch left waiting.
+
+    A request whose answer is still `Pending` is not answered, but comes back with the next batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.carried: list[Any] = []
 
     def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> tuple[list[Any], list[Any]]:
         """The requests of the next batch; none is ever too old, since a limited number waits."""
+        carried, self.carried = self.carried, []
+        taken: list[Any] = []
+        end = min((question.since + lit_api.batch_timeout for _, _, question in carried), default=None)
         try:
-            taken = [request_queue.get()]
-            end = time.monotonic() + lit_api.batch_timeout
             while len(taken) < lit_api.max_batch_size:
-                taken.append(request_queue.get(timeout=max(0.0, end - time.monotonic())))
+                taken.append(request_queue.get(timeout=None if end is None else max(0.0, end - time.monotonic())))
+                if end is None:
+                    end = time.monotonic() + lit_api.batch_timeout
         except Empty:
             pass
         except (KeyboardInterrupt, EOFError, OSError):  # the server ends, and its queue with it
             sys.exit()
         lit_api.notice(request_queue.qsize(), time.monotonic())
-        return [(answers, uid, question) for answers, uid, _, question in taken], []
+        return [*carried, *((answers, uid, question) for answers, uid, _, question in taken)], []
+
+    def put_response(
+        self, transport: Any, response_queue_id: int, uid: str, response_data: Any, status: Any, response_type: Any
+    ) -> None:
+        """Sends an answer, or keeps the request that has none yet."""
+        if isinstance(response_data, Pending):
+            self.carried.append((response_queue_id, uid, response_data))
+        else:
+            super().put_response(transport, response_queue_id, uid, response_data, status, response_type)
 
 
 class Classifier(LitAPI):
     """Answers a batch of questions, each at its budget.
+
+    Plain calls that a look doubts wait for others, of following batches too, until they fill a batch of the next look:
+    at most while requests wait, and `max_wait` seconds.
 
     Args:
         checkpoint: Folder or Hub id of a model and its tokenizer.
@@ -82,6 +125,7 @@ class Classifier(LitAPI):
     def __init__(self, checkpoint: str, floor: float | None, max_batch: int, max_wait: float) -> None:
         super().__init__(max_batch_size=max_batch, batch_timeout=max_wait, loop=QueueLoop())
         self.checkpoint, self.floor, self.pressure, self.noticed = checkpoint, floor, 0.0, -math.inf
+        self.waiting = 0
 
     def setup(self, device: str) -> None:
         """Loads model and tokenizer, in the process that will use them."""
@@ -95,7 +139,7 @@ class Classifier(LitAPI):
         """Turns questions left waiting into pressure: 1 is another full batch of them; smoothed over seconds `now`."""
         weight = 1.0 - math.exp((self.noticed - now) / SMOOTHING_SECONDS)
         self.pressure += weight * (min(1.0, waiting / self.max_batch_size) - self.pressure)
-        self.noticed = now
+        self.noticed, self.waiting = now, waiting
 
     def relax(self) -> None:
         """Asks less confidence of a plain call's looks while questions wait."""
@@ -104,37 +148,68 @@ class Classifier(LitAPI):
             relaxed = [own - self.pressure * less for own, less in zip(self.confidence, spare, strict=True)]
             self.model.config.confidence = relaxed
 
-    def decode_request(self, request: Question, **kwargs: Any) -> tuple[Any, float | None]:
-        """Token ids, and the budget asked for."""
-        tokens = self.tokenizer(request.text, request.text_pair, truncation=True)
-        return tokens, request.budget
+    def decode_request(self, request: Question, **kwargs: Any) -> Pending:
+        """The question as the model reads it; one that comes back as it is."""
+        if isinstance(request, Pending):
+            return request
+        return Pending(self.tokenizer(request.text, request.text_pair, truncation=True), request.budget)
 
-    def batch(self, inputs: list[tuple[Any, float | None]]) -> Any:
-        """Plain calls and those with a budget, as (places, the model's arguments)."""
-        groups = []
-        for plain in (True, False):
-            places = [place for place, (_, budget) in enumerate(inputs) if (budget is None) == plain]
-            if not places:
-                continue
-            padded = self.tokenizer.pad([inputs[place][0] for place in places], return_tensors="pt")
-            arguments = dict(padded.to(self.model.device))
-            if not plain:
-                arguments["budget"] = torch.tensor([inputs[place][1] for place in places])
-            groups.append((places, arguments))
-        return groups
+    def batch(self, inputs: list[Pending]) -> list[Pending]:
+        """As they are: which of them share a call of the model is found as it is called."""
+        return inputs
 
     @torch.no_grad()
-    def predict(self, x: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        """An answer for each question of the batch."""
+    def predict(self, x: list[Pending], **kwargs: Any) -> list[Any]:
+        """For each question its answer; or the question, if it waits for its next look."""
         self.relax()
-        answers: dict[int, dict[str, Any]] = {}
-        for places, arguments in x:
-            outputs = self.model(**arguments)
-            scores, labels = outputs.logits.softmax(-1).max(-1)
-            found = zip(places, labels.tolist(), scores.tolist(), outputs.budget.tolist(), strict=True)
-            for place, label, score, spent in found:
-                answers[place] = {"label": self.model.config.id2label[label], "score": score, "budget": spent}
-        return [answers[place] for place in range(len(answers))]
+        answers: list[Any] = list(x)
+        plain = [place for place, question in enumerate(x) if question.budget is None]
+        budgeted = [place for place, question in enumerate(x) if question.budget is not None]
+        plan = plan_deferred(self.model)
+        if plan is not None:
+            self.look(answers, plain, plan)
+        elif plain:
+            self.call(answers, plain)
+        if budgeted:
+            self.call(answers, budgeted, budget=torch.tensor([x[place].budget for place in budgeted]))
+        return answers
+
+    def call(self, answers: list[Any], places: list[int], **asked: Any) -> None:
+        """Answers the questions in these places by one call of the model."""
+        batch = self.pad([answers[place] for place in places])
+        outputs = self.model(**batch.to(self.model.device), **asked)
+        self.tell(answers, places, outputs.logits, outputs.budget.tolist())
+
+    def look(self, answers: list[Any], places: list[int], plan: Plan) -> None:
+        """Takes what looks are due at the plain calls in these places, and answers those that are not doubted."""
+        queues = [[place for place in places if answers[place].look == number] for number in range(len(plan.looks))]
+        for number, queue in enumerate(queues):
+            while queue and (number == 0 or len(queue) >= self.max_batch_size or self.is_due(answers[queue[0]])):
+                taken = queue[: self.max_batch_size]
+                del queue[: self.max_batch_size]
+                questions = [answers[place] for place in taken]
+                seen, now = take_look(self.model, plan, number, self.pad(questions)), time.monotonic()
+                spent = [question.spent + cost for question, cost in zip(questions, seen.cost.tolist(), strict=True)]
+                self.tell(answers, taken, seen.logits, spent)
+                for place, question, share, doubted in zip(taken, questions, spent, seen.doubted.tolist(), strict=True):
+                    if doubted:
+                        since = min(question.since, now)
+                        answers[place] = replace(question, look=number + 1, spent=share, since=since)
+                        queues[number + 1].append(place)
+
+    def is_due(self, question: Pending) -> bool:
+        """Whether a doubted question waits no longer."""
+        return self.waiting == 0 or time.monotonic() - question.since >= self.batch_timeout
+
+    def pad(self, questions: list[Pending]) -> Any:
+        """The questions as a batch."""
+        return self.tokenizer.pad([question.tokens for question in questions], return_tensors="pt")
+
+    def tell(self, answers: list[Any], places: list[int], logits: torch.Tensor, spent: list[float]) -> None:
+        """Puts answers in these places."""
+        scores, labels = logits.softmax(-1).max(-1)
+        for place, label, score, share in zip(places, labels.tolist(), scores.tolist(), spent, strict=True):
+            answers[place] = {"label": self.model.config.id2label[label], "score": score, "budget": share}
 
 
 class LimitWaiting:

@@ -195,6 +195,17 @@ def test_profile_keeps_the_cost_card(model, data, run):
     assert found["settings"]["training_seconds"] == 60.0
 
 
+def test_profile_says_what_is_gained_on_what_else_there_is(model, data, run):
+    options = ["--budgets", "0.25,plain", "--rows", 8, "--repeats", 1, "--against", "sorted"]
+    out = good(run("profile", model, data, *options))
+    assert "stock, as they come" in out
+    assert "On these texts a plain call answers" in out.splitlines()[-1]
+    assert [rival["name"] for rival in only_result(model, "costs").result["rivals"]] == ["as they come", "sorted"]
+    code, out, err = run("profile", model, data, "--against", "onnx,tvm")
+    assert (code, out) == (2, "")
+    assert "--against must be of ['sorted', 'onnx', 'onnx-int8', 'openvino', 'openvino-int8'], got ['tvm']" in err
+
+
 def test_cut_saves_a_static_model_and_tries_it(model, data, tmp_path, run):
     out = good(run("cut", model, "--output", tmp_path / "small", "--budget", 0.25, "--test", data))
     small, _ = load_classifier(str(tmp_path / "small"))
@@ -262,14 +273,14 @@ def test_predict_takes_arguments_standard_input_and_files(model, tmp_path, run, 
 
 @pytest.fixture
 def resumable(tmp_path, texts, tokenizer, monkeypatch):
-    """Predicts the texts into a file, by a model that is interrupted after so many batches."""
+    """Predicts the texts into a file, by a model that is interrupted after so many of its calls."""
     monkeypatch.setattr(prediction, "WINDOW", 2)
     ours = budgetformer("bert")
     forward = ours.forward
     texts.to_parquet(tmp_path / "texts.parquet")
 
-    def start(output, batches=1000, **options):
-        def stop(*arguments, left=[batches], **named):  # noqa: B006
+    def start(output, calls=1000, **options):
+        def stop(*arguments, left=[calls], **named):  # noqa: B006
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
@@ -288,7 +299,7 @@ def test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been(resumable, tmp_path, 
     whole = (tmp_path / "whole.jsonl").read_bytes()
     assert [json.loads(line)["row"] for line in whole.splitlines()] == list(range(64))
     with pytest.raises(KeyboardInterrupt):
-        resumable("part.jsonl", batches=13)
+        resumable("part.jsonl", calls=27)  # a window takes four, two for each look: in the midst of a second look
     partial = tmp_path / "part.jsonl.partial"
     written = partial.read_bytes()
     assert whole.startswith(written)
@@ -302,7 +313,7 @@ def test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been(resumable, tmp_path, 
 
 def test_only_the_same_run_is_taken_up(resumable, tmp_path, texts):
     with pytest.raises(KeyboardInterrupt):
-        resumable("part.jsonl", batches=5)
+        resumable("part.jsonl", calls=5)
     kept = (tmp_path / "part.jsonl.partial").read_bytes()
     for options, changed in (
         ({"spent": False}, "spent"),

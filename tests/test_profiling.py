@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from conftest import STOCK, batch_of, budgetformer, stock_classifier
-from hf_budgetformer.tools import profiling
+from hf_budgetformer.tools import profiling, rivals
 from hf_budgetformer.tools.batching import batches_by_length
+from hf_budgetformer.tools.export import export_onnx
 from hf_budgetformer.tools.narrowing import cut
 from hf_budgetformer.tools.profiling import (
+    RIVALS,
     CostCard,
     HeldMemory,
     cost_card,
@@ -183,3 +185,107 @@ def test_bad_arguments_of_a_cost_card_are_named(texts, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     with pytest.raises(ImportError, match=r"pip install \"hf-budgetformer\[energy\]\""):
         cost_card(model, texts, tokenizer, energy=True)
+
+
+def test_a_cost_card_tells_what_is_gained_on_what_a_user_would_pick_instead(texts, tokenizer, monkeypatch):
+    model = budgetformer("bert", looks=[0.25, 1.0], confidence=[0.5])
+    made = []
+
+    def make_rivals(names, given, batches, threads):
+        assert names == ["onnx-int8"]
+        assert given is model
+        stock = stock_model(given)
+        made.append(stock)
+        return {"onnx-int8": rivals.Rival(lambda batch: stock(**batch).logits, 0.75)}
+
+    monkeypatch.setattr(rivals, "make_rivals", make_rivals)
+    asked = {"batch_size": 4, "rows": 10, "repeats": 1, "against": ["onnx-int8", "sorted", "sorted"]}
+    card = cost_card(model, texts, tokenizer, (0.25, None), **asked)
+    assert len(made) == 1
+    assert card.settings["against"] == ["onnx-int8", "sorted"]
+    come, rival, by_length = card.rivals
+    assert [x.name for x in card.rivals] == ["as they come", "onnx-int8", "sorted"]
+    assert [x.agreement for x in card.rivals] == [None, 0.75, None]
+    assert by_length.throughput == card.stock.throughput != come.throughput
+    assert by_length.latency_p50 == come.latency_p50 == card.stock.latency_p50 != rival.latency_p50
+    values = card.to_dict()
+    assert CostCard.from_dict(json.loads(json.dumps(values))) == card
+    del values["rivals"]  # as cards of before are
+    assert CostCard.from_dict(values).rivals == []
+
+
+@pytest.fixture
+def compared(texts, tokenizer):
+    """A function from inputs a second of the rivals, ours by budget, and a promise, to the last line printed."""
+    card = cost_card(budgetformer("bert"), texts, tokenizer, (1.0, 0.25, None), rows=2, repeats=1, against=["sorted"])
+
+    def last_line(others, ours, promise=None):
+        values = card.to_dict()
+        rival = values["rivals"][0]
+        values["rivals"] = [{**rival, "name": name, "throughput": rate} for name, rate in others.items()]
+        result = values["results"][0]
+        values["results"] = [{**result, "asked": asked, "throughput": rate} for asked, rate in ours.items()]
+        values["settings"]["promise"] = promise
+        lines = str(CostCard.from_dict(values)).splitlines()
+        assert "stock, sorted" in lines[1]
+        return lines[-1]
+
+    return last_line
+
+
+def test_the_last_line_is_the_answer_to_what_is_gained(compared):
+    others = {"as they come": 50.0, "sorted": 80.0, "openvino-int8": 100.0}
+    told = compared(others, {1.0: 90.0, 0.25: 500.0, None: 250.0}, "Its answers differ seldom.")
+    assert told == (
+        "On these texts a plain call answers 2.50 times as many inputs a second as the best of the others, "
+        "openvino-int8, sorted. Its answers differ seldom."
+    )
+    assert "Nothing is promised of its answers" in compared(others, {None: 250.0})
+    slow = compared(others, {1.0: 90.0, 0.25: 500.0, None: 80.0})
+    assert "the budget 1.000 answers 0.90 times" in slow
+    assert slow.endswith("Its answers are the stock model's.")
+    fixed = compared({"as they come": 50.0}, {0.25: 500.0, 0.125: 700.0})
+    assert "the budget 0.125 answers 14.00 times" in fixed
+    assert "stock, as they come. Nothing is promised at a fixed budget." in fixed
+
+
+def test_other_runtimes_answer_as_the_stock_model():
+    for package in ("onnxruntime", "onnxscript", "openvino", "nncf"):
+        pytest.importorskip(package)
+    model, batches = budgetformer("bert"), [batch_of([9, 4, 6]), batch_of([12])]
+    environment = dict(os.environ)
+    found = rivals.make_rivals(RIVALS, model, batches, 1)
+    assert dict(os.environ) == environment
+    assert tuple(found) == RIVALS
+    stock = stock_model(model)
+    for name, rival in found.items():
+        assert 0.0 <= rival.agreement <= 1.0
+        for batch in batches:
+            with torch.no_grad():
+                difference = (rival.answer(batch) - stock(**batch).logits).abs().max()
+            if name.endswith("int8"):
+                assert 1e-5 < difference < 0.5
+            else:
+                assert difference < 1e-4
+                assert rival.agreement == 1.0
+
+
+def test_a_runtime_that_answers_otherwise_is_not_timed(monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(rivals, "export_onnx", lambda model, path, budget: export_onnx(cut(model, 0.25), path))
+    with pytest.raises(RuntimeError, match=r"onnx differs by .* from the stock model, more than 0.0001"):
+        rivals.make_rivals(["onnx"], budgetformer("bert"), [batch_of([9, 4])], 1)
+
+
+def test_what_cannot_be_compared_is_refused(texts, tokenizer, monkeypatch):
+    model = budgetformer("bert")
+    with pytest.raises(ValueError, match=r"against must be of \['sorted', 'onnx', .*\], got \['tvm'\]"):
+        cost_card(model, texts, tokenizer, against=["sorted", "tvm"])
+    with pytest.raises(ValueError, match=r"against must be empty for a model that was cut, got \['sorted'\]"):
+        cost_card(cut(model, 0.25), texts, tokenizer, against=["sorted"])
+    with pytest.raises(ValueError, match=r"against must be of \['sorted'\] for a model on meta, got \['onnx'\]"):
+        cost_card(budgetformer("bert").to("meta"), texts, tokenizer, against=["onnx"])
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"pip install \"hf-budgetformer\[rivals\]\""):
+        cost_card(model, texts, tokenizer, rows=4, repeats=1, against=["openvino"])

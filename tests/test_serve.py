@@ -33,6 +33,8 @@ from fastapi.testclient import TestClient
 from litserve.callbacks import CallbackRunner
 
 import serve
+from hf_budgetformer.budgets import confidence
+from hf_budgetformer.tools.looking import plan_deferred
 from hf_budgetformer.tools.narrowing import cut
 from hf_budgetformer.tools.tuning import calibrate_margins
 
@@ -100,21 +102,42 @@ def test_budgets_mix_in_one_batch_and_each_is_answered_as_if_alone(start, texts,
     assert len(spent) > 2
 
 
+def calls_of(api, monkeypatch, fails=()):
+    """Budgets and numbers of rows of the model's calls from now on; those whose numbers are in `fails` fail."""
+    calls, forward = [], api.model.forward
+
+    def call(**inputs):
+        calls.append((inputs.get("budget"), len(inputs["input_ids"])))
+        if len(calls) - 1 in fails:
+            raise RuntimeError("the model fails")
+        return forward(**inputs)
+
+    monkeypatch.setattr(api.model, "forward", call)
+    return calls
+
+
 def test_a_batch_is_read_at_most_once_by_each_way_to_ask(start, monkeypatch):
-    api, calls = start(), []
-    forward = api.model.forward
-    monkeypatch.setattr(
-        api.model, "forward", lambda **inputs: (calls.append(inputs.get("budget")), forward(**inputs))[1]
-    )
+    api = start()
+    api.model.config.confidence = [1.0]
+    calls = calls_of(api, monkeypatch)
     answer(api, *({"text": text, "budget": budget} for text in TEXTS for budget in (None, 0.25, 1.0)))
-    plain, asked = calls
-    assert plain is None
+    first, second, (asked, _) = calls
+    assert first == (api.model.narrow.order.look(0.125).cost, 4)
+    assert second == (1.0, 4)
     assert asked.tolist() == [0.25, 1.0] * 4
 
 
+def test_a_plain_call_that_looks_once_is_the_models_own(start, monkeypatch):
+    api = start()
+    api.model.config.confidence, api.model.config.looks = None, [0.25]
+    calls = calls_of(api, monkeypatch)
+    answer(api, *({"text": text} for text in TEXTS))
+    assert calls == [(None, 4)]
+
+
 def test_what_the_model_cannot_read_is_cut(start):
-    tokens, _ = start().decode_request(serve.Question(text="w1 " * 1000, text_pair="w2 " * 1000))
-    assert len(tokens["input_ids"]) == LONGEST
+    question = start().decode_request(serve.Question(text="w1 " * 1000, text_pair="w2 " * 1000))
+    assert len(question.tokens["input_ids"]) == LONGEST
 
 
 def mean_spent(api, texts, **question):
@@ -196,6 +219,95 @@ def test_the_loop_takes_full_batches_and_tells_what_waits(start, monkeypatch):
     for _, (_, (found, status, *_)) in answers.sent:
         assert found.keys() == {"label", "score", "budget"}
         assert status == "OK"
+
+
+def run_loop(api, questions):
+    """Runs the loop until the server ends; status and answer of each question, and the order they were told in."""
+    waiting, answers = EndingQueue(), Answers()
+    for number, question in enumerate(questions):
+        waiting.put((0, number, time.monotonic(), serve.Question(**question)))
+    loop = serve.QueueLoop()
+    with pytest.raises(SystemExit):
+        loop.run_batched_loop(api, waiting, answers, CallbackRunner())
+    assert loop.carried == []
+    return {uid: (status, found) for _, (uid, (found, status, *_)) in answers.sent}, [x[1][0] for x in answers.sent]
+
+
+@pytest.mark.parametrize("looks", [2, 3])
+def test_doubted_questions_of_many_batches_share_full_batches_and_each_is_answered_once(
+    start, texts, tokenizer, monkeypatch, looks
+):
+    api = start(max_wait=60.0)
+    if looks == 3:
+        with torch.no_grad():
+            out = api.model(**tokenizer(texts["text"][:], padding=True, return_tensors="pt"), budget=0.25)
+        api.model.config.confidence = None
+        api.model.config.looks = [0.125, 0.25, 1.0]
+        api.model.config.confidence = [1.0, confidence(out.logits, None).median().item()]
+    questions = [{"text": text, "budget": 0.25 if place % 5 == 0 else None} for place, text in enumerate(texts["text"])]
+    expected = []
+    for question in questions:
+        with torch.no_grad():
+            expected.append(api.model(**tokenizer(question["text"], return_tensors="pt"), budget=question["budget"]))
+    calls = calls_of(api, monkeypatch)
+    found, order = run_loop(api, questions)
+    assert sorted(order) == list(range(64))
+    assert order != sorted(order), "sure answers do not wait for doubted ones"
+    for number, out in enumerate(expected):
+        score, label = out.logits[0].softmax(-1).max(-1)
+        status, answer = found[number]
+        assert (status, answer["label"]) == ("OK", f"LABEL_{label}")
+        assert answer["score"] == pytest.approx(score.item(), abs=1e-5)
+        assert answer["budget"] == pytest.approx(out.budget.item())
+    for look in plan_deferred(api.model).looks[1:]:
+        sizes = [size for budget, size in calls if not isinstance(budget, torch.Tensor) and budget == look.cost]
+        assert len(sizes) > 3
+        assert set(sizes[:-1]) == {4}
+
+
+def test_without_time_to_wait_every_batch_is_answered_as_it_comes(start, texts):
+    api = start(max_wait=0.0)
+    _, order = run_loop(api, [{"text": text} for text in texts["text"]])
+    assert order == list(range(64))
+
+
+def test_a_doubted_question_waits_only_while_others_do_and_not_for_long(start, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(serve.time, "monotonic", lambda: now[0])
+    api = start(max_wait=0.5)
+    api.model.config.confidence = [1.0]
+    [alone] = answer(api, {"text": "w1 w2"})
+    assert alone["budget"] > 1.0
+    api.notice(1, now[0])
+    [waits] = answer(api, {"text": "w1 w2"})
+    assert (waits.look, waits.since) == (1, 100.0)
+    now[0] = 100.4
+    assert api.predict(api.batch([api.decode_request(waits)])) == [waits]
+    now[0] = 100.6
+    [found] = api.predict(api.batch([waits]))
+    assert found == {**alone, "score": pytest.approx(alone["score"]), "budget": pytest.approx(alone["budget"])}
+
+
+def test_the_loop_takes_what_it_carried_over_when_nothing_else_comes(start):
+    api, loop = start(max_wait=0.02), serve.QueueLoop()
+    question = serve.Pending(api.tokenizer("w1"), None, look=1, since=time.monotonic())
+    loop.put_response(Answers(), 0, "id", question, "OK", None)
+    batch, _ = loop.get_batch_requests(api, EndingQueue(), None)
+    assert batch == [(0, "id", question)]
+    assert api.is_due(question)
+    assert loop.carried == []
+
+
+@pytest.mark.parametrize("failing", range(12))
+def test_a_call_that_fails_is_told_to_those_it_was_for_and_to_nobody_twice(start, texts, monkeypatch, failing):
+    api = start(max_wait=60.0)
+    calls = calls_of(api, monkeypatch, fails=[failing])
+    found, order = run_loop(api, [{"text": text} for text in texts["text"]])
+    assert len(calls) > 12
+    assert sorted(order) == list(range(64))
+    failed = [number for number, (status, _) in found.items() if status == "ERROR"]
+    assert 4 <= len(failed) <= 7  # a batch, and those that it was to take along
+    assert all(status == "OK" for number, (status, _) in found.items() if number not in failed)
 
 
 GOOD = '{"text": "w1"}'
@@ -440,6 +552,20 @@ def test_a_server_answers_refuses_withstands_and_ends(folder):
     while living(group) and time.monotonic() < end:  # what was killed takes a moment
         time.sleep(0.1)
     assert living(group) == []
+
+
+@pytest.mark.slow
+def test_each_of_many_requests_at_once_gets_its_own_answer(folder, texts, tokenizer):
+    with running_server(str(folder), "--max-batch", "8", "--max-wait-ms", "300") as port:
+        questions = [json.dumps({"text": text}) for text in texts["text"][:] * 4]
+        with ThreadPoolExecutor(60) as clients:
+            found = list(clients.map(partial(post, port), questions))
+    model, _ = serve.load_classifier(str(folder), device="cpu")
+    for text, (status, answer) in zip(texts["text"][:] * 4, found, strict=True):
+        with torch.no_grad():
+            out = model(**tokenizer(text, return_tensors="pt"))
+        assert (status, answer["label"]) == (200, f"LABEL_{out.logits.argmax()}")
+        assert answer["budget"] == pytest.approx(out.budget.item())
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from hf_budgetformer import BudgetFormerForSequenceClassification
+from hf_budgetformer.attention import EVERYTHING
 from hf_budgetformer.losses import teacher_divergence
 from hf_budgetformer.narrow import Importance
 from hf_budgetformer.tools.narrowing import unit_importance
@@ -168,9 +169,7 @@ class NarrowTrainer(Trainer):
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         target, hidden_target = inputs.pop("teacher_logits"), inputs.pop("teacher_states", None)
         narrow = model.narrow
-        embedded = model.base_model.embed(
-            inputs["input_ids"], inputs["attention_mask"], inputs.get("token_type_ids"), None, None, None, None, {}
-        )
+        embedded = model.embed(inputs)
         share = recipe["draw"].choices(recipe["shares"], recipe["weights"])[0]
         look = narrow.order.look(share * narrow.widest.cost)
         hidden, own = embedded.hidden, []
@@ -178,7 +177,7 @@ class NarrowTrainer(Trainer):
             hidden = layer(hidden, embedded.batch.layout, heads, neurons, False)
             own.append(hidden)
         first = embedded.batch.first(hidden)
-        answer = narrow.answer(first)
+        answer = model.read_answer(embedded, hidden, narrow=True).logits
         t = recipe["temperature"]
         if recipe["loss"] == "mse":
             loss = (answer - target).square().mean()
@@ -187,8 +186,8 @@ class NarrowTrainer(Trainer):
         if recipe["hidden"] == "tokens":
             with torch.no_grad():
                 full, targets = embedded.hidden, []
-                for layer in model.base_model.encoder.layer:
-                    full = layer(full, attention_mask=None, sequences=embedded.batch.sequences)
+                for layer in model.full_layers():
+                    full = layer(full, sequences=embedded.batch.sequences, reach=EVERYTHING)
                     targets.append(full)
             pairs = list(zip(own, targets, strict=True)) if recipe.get("all_layers") else [(own[-1], targets[-1])]
             loss = loss + recipe["hidden_weight"] * sum(F.mse_loss(a, b) / b.var() for a, b in pairs) / len(pairs)
@@ -290,7 +289,7 @@ def activation_importance(model: Any, rows: Dataset) -> list[Importance]:
 
         return add
 
-    for number, layer in enumerate(model.base_model.encoder.layer):
+    for number, layer in enumerate(model.full_layers()):
         for part, dense in enumerate((layer.attention.output.dense, layer.output.dense)):
             units = dense.in_features if part else model.config.num_attention_heads
             hooks.append(dense.register_forward_pre_hook(keep((number, part), dense, units)))

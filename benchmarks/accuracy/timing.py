@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from hf_budgetformer import BudgetFormerForSequenceClassification
+from hf_budgetformer.attention import EVERYTHING
 from hf_budgetformer.tools.tuning import Calibration
 
 
@@ -84,11 +85,11 @@ def exit_early(model: Any, heads: nn.ModuleList, batch: dict[str, torch.Tensor],
         left: (B,): the share of the layers behind which each leaves.
     """
     base = model.base_model
-    embedded = base.embed(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"), *[None] * 4, {})
+    embedded = model.embed(batch)
     hidden, packed, places = embedded.hidden, embedded.batch, np.arange(len(left))
-    layers = base.encoder.layer
+    layers = model.full_layers()
     for number, layer in enumerate(layers, 1):
-        hidden = layer(hidden, attention_mask=None, sequences=packed.sequences)
+        hidden = layer(hidden, sequences=packed.sequences, reach=EVERYTHING)
         if number == len(layers):
             model.classifier(base.pooler(packed.first(hidden)[:, None]))
             return

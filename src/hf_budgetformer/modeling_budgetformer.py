@@ -800,7 +800,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         )
         return BudgetFormerClassifierOutput(**found, budget=torch.ones(len(found.logits), device=found.logits.device))
 
-    def _read(
+    def read_answer(
         self, embedded: Embedded, hidden: torch.Tensor, narrow: bool = False, labels: torch.Tensor | None = None
     ) -> Any:
         """What the stock head, or the narrow encoder's copy of it, says of hidden states: the stock class's output."""
@@ -820,7 +820,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         """Logits (b, num_labels) of one look."""
         narrow = look.counts is not None
         hidden = self.encode_narrow(embedded, look) if narrow else self.encode_full(embedded)
-        answer: torch.Tensor = self._read(embedded, hidden, narrow).logits
+        answer: torch.Tensor = self.read_answer(embedded, hidden, narrow).logits
         return answer
 
     def _look(
@@ -886,7 +886,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             if recordings:
                 found: Any = self._record(given, labels, recordings)
             else:
-                found = self._read(embedded, self.encode_full(embedded), labels=labels)
+                found = self.read_answer(embedded, self.encode_full(embedded), labels=labels)
             logits, outputs.hidden_states, outputs.attentions = found.logits, found.hidden_states, found.attentions
             loss, target = found.loss, logits.detach()
         if budget is not None:
@@ -894,7 +894,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         else:
             look = narrow.draw() if config.full_encoder else narrow.widest
         embedded = embedded.detach() if config.full_encoder else embedded
-        answer = self._read(embedded, self.encode_narrow(embedded, look), narrow=True).logits
+        answer = self.read_answer(embedded, self.encode_narrow(embedded, look), narrow=True).logits
         if not config.full_encoder:
             loss = self._task_loss(answer, labels)
         log = {"budget": answer.new_tensor(look.cost)}

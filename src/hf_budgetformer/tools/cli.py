@@ -283,7 +283,7 @@ def tune(
     _finish(found, as_json, checkpoint, "tuning", data, split, len(rows))
 
 
-@app.command(epilog="Example: budgetformer profile out test.csv --budgets 1,1/4,plain --rows 512")
+@app.command(epilog="Example: budgetformer profile out test.csv --budgets 1,1/4,plain --against sorted,onnx-int8")
 def profile(
     checkpoint: Checkpoint,
     data: Data,
@@ -291,6 +291,14 @@ def profile(
     rows: Annotated[int, typer.Option(help="Texts that are measured.")] = 256,
     repeats: Annotated[int, typer.Option(help="Times each batch is run.")] = 5,
     energy: Annotated[bool, typer.Option("--energy", help="Measure energy and CO2e too.")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="What you could pick instead, with commas between: sorted, the stock model on batches sorted by "
+            "length; onnx, onnx-int8, openvino, openvino-int8, the same in other runtimes.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
     device: Device = None,
@@ -301,11 +309,16 @@ def profile(
 ) -> None:
     """Time, FLOPs and memory beside the stock model, measured here; after how many texts training has paid."""
     asked = _parse_budgets(budgets)
-    from hf_budgetformer.tools.profiling import cost_card
+    from hf_budgetformer.tools.profiling import check_against, cost_card
 
+    others = [name.strip() for name in against.split(",")] if against else []
+    try:
+        check_against(others)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from None
     model, tokenizer = _load(checkpoint, device)
     texts, seconds = _read(data, split, column, skip_bad), _training(checkpoint).get("seconds")
-    found = cost_card(model, texts, tokenizer, asked, batch_size, rows, repeats, max_length, seconds, energy)
+    found = cost_card(model, texts, tokenizer, asked, batch_size, rows, repeats, max_length, seconds, energy, others)
     _finish(found, as_json, checkpoint, "costs", data, split, found.settings["rows"])
 
 

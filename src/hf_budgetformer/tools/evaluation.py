@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .batching import WINDOW, batches_by_length, check_batch_size
+from .batching import WINDOW, check_batch_size, tokenized
 from .checkpoints import distinct_budgets
+from .looking import answer_rows
 from .tables import label_ids
 from .tuning import warn_of_shift
 
@@ -108,7 +109,8 @@ def evaluate_budgets(
         dataset: Rows that the model was not trained on, as in `tools.tables.label_ids`.
         tokenizer: Of the model.
         budgets: Floats in (0, 1]; None: a plain call.
-        batch_size: Rows the model reads at a time, >= 1; sorted by length within 64 batches.
+        batch_size: Rows the model reads at a time, >= 1; sorted by length within 64 batches, whose doubted rows share
+            full batches of the next look.
         max_length: Tokens kept of a text; only for rows that are not tokenized yet. None: all the tokenizer allows.
 
     Raises:
@@ -128,25 +130,26 @@ def evaluate_budgets(
     spent = np.ones((len(asked), rows))
     lengths, entropy = np.zeros(rows), np.zeros(rows)
 
-    def ask(places: np.ndarray, batch: Any) -> None:
+    def ask(start: int, inputs: Any, bar: Any) -> None:
         for index, budget in enumerate(asked):
-            out = ours(**batch) if budget is None else ours(**batch, budget=budget)
-            logits = out.logits.float().cpu()
-            answers[index, places] = logits.argmax(-1)
-            if budgeted:
-                spent[index, places] = out.budget.cpu()
-            if budget == full:
-                entropy[places] = torch.distributions.Categorical(logits=logits).entropy()
+            for places, logits, budgets in answer_rows(ours, inputs, tokenizer, batch_size, budget):
+                places = start + places
+                answers[index, places] = logits.argmax(-1)
+                spent[index, places] = budgets
+                if budget == full:
+                    entropy[places] = torch.distributions.Categorical(logits=logits).entropy()
+                bar.update(len(places))
 
     was_training, step = model.training, WINDOW * batch_size
     model.eval()
     try:
-        with torch.no_grad(), logging.tqdm(total=rows, desc="Evaluating", leave=False, disable=None) as bar:
+        with logging.tqdm(total=rows * len(asked), desc="Evaluating", leave=False, disable=None) as bar:
             for start in range(0, rows, step):
-                for places, batch in batches_by_length(plain[start : start + step], tokenizer, batch_size, max_length):
-                    lengths[start + places] = batch["attention_mask"].sum(-1)
-                    ask(start + places, batch.to(ours.device))
-                    bar.update(len(places))
+                inputs = tokenized(plain[start : start + step], tokenizer, max_length)
+                masks = inputs.get("attention_mask")
+                counts = map(len, inputs["input_ids"]) if masks is None else map(sum, masks)
+                lengths[start : start + step] = list(counts)
+                ask(start, inputs, bar)
     finally:
         model.train(was_training)
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from ..budgets import FULL_LOOK, Look, Plan, confidence, plan_budget, plan_looks
+from ..budgets import FULL_LOOK, Look, confidence
 from .batching import batches_by_length
 from .checkpoints import check_single_label, load_classifier
 from .evaluation import Evaluation
+from .looking import plan_call
 from .plots import plot_accuracy
 from .results import describe_looks, read_results
 from .tables import read_rows
@@ -95,18 +96,6 @@ def read_file(path: str | Path) -> dict[str, list[str]]:
     except ValueError as error:  # which may go on about the command line
         raise ValueError(str(error).replace(str(path), path.name).partition(": name")[0]) from None
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def plan_call(model: Any, budget: float | None) -> Plan:
-    """The looks that a call takes; a budget of None is a plain call.
-
-    Raises:
-        ValueError: The model cannot spend that budget.
-    """
-    if budget is None and model.config.looks is None and not model.is_trained():
-        return Plan((FULL_LOOK,))
-    order = model.narrow.order
-    return plan_looks(model.config, order) if budget is None else plan_budget(model.config, order, budget)
 
 
 def time_in_turn(model: Any, batch: Any, ways: Sequence[Mapping[str, Any]], repeats: int) -> list[float]:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase, TextClassificationPipeline
 from transformers.utils import logging
 
 from ..configuration_budgetformer import is_share
-from .batching import WINDOW, batches_by_length, check_batch_size
+from .batching import WINDOW, check_batch_size, tokenized
 from .checkpoints import check_single_label, weights_digest
+from .looking import answer_rows
 from .results import write_json
 from .tables import read_rows
 from .tuning import warn_of_shift
@@ -37,6 +37,8 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Classifies texts, reading 64 batches ahead, which are sorted by length; answers come in the order of the rows.
 
+    Rows of these batches that a look doubts share full batches of the next one.
+
     Args:
         model: A classifier in eval mode, stock or BudgetFormer, one label for each input.
         tokenizer: Of the model.
@@ -56,7 +58,6 @@ def predict(
     """
     check_single_label(model.config)
     check_batch_size(batch_size)
-    asked: dict[str, Any] = {} if budget is None else {"budget": budget}
     if budget is not None and not is_share(budget):
         raise ValueError(f"budget must be a float in (0, 1], got {budget!r}.")
     if budget is not None or spent:
@@ -73,18 +74,17 @@ def predict(
         answers: list[dict[str, Any]] = [{"row": number, "error": fault} for number, (_, fault) in window]
         sound = [(answer, row) for answer, (_, (row, fault)) in zip(answers, window, strict=True) if not fault]
         columns = {name: [row[name] for _, row in sound] for name in (sound[0][1] if sound else ())}
-        for places, batch in batches_by_length(columns, tokenizer, batch_size, max_length) if sound else ():
-            with torch.no_grad():
-                out = model(**batch.to(model.device), **asked)
+        inputs = tokenized(columns, tokenizer, max_length) if sound else {"input_ids": []}
+        for places, logits, budgets in answer_rows(model, inputs, tokenizer, batch_size, budget):
             if counts:
-                doubted, counted = doubted + int((out.budget > 1.0).sum()), counted + len(places)
-            scores, labels = out.logits.float().softmax(-1).max(-1)
+                doubted, counted = doubted + int((budgets > 1.0).sum()), counted + len(places)
+            scores, labels = logits.softmax(-1).max(-1)
             for index, (place, label) in enumerate(zip(places, labels.tolist(), strict=True)):
                 answer = sound[place][0]
                 del answer["error"]
                 answer |= {"label": model.config.id2label[label], "score": round(scores[index].item(), 6)}
                 if spent:
-                    answer["budget"] = round(out.budget[index].item(), 6)
+                    answer["budget"] = round(budgets[index].item(), 6)
         yield from answers
     if counted:
         warn_of_shift(model.config, doubted, counted)

@@ -6,8 +6,8 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,17 +20,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, BatchEncoding, PreTrainedTokenizerBase
 
 from ..backbones import stock_config
-from .batching import batches_by_length
+from .batching import batches_by_length, tokenized
 from .checkpoints import check_classifier, distinct_budgets
 from .evaluation import BUDGETS
+from .tuning import describe_promise, kept_promise
 
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
+# What a user could pick instead: the stock model on batches sorted by length, or in another runtime.
+RIVALS = ("onnx", "onnx-int8", "openvino", "openvino-int8")
+AGAINST = ("sorted", *RIVALS)
+AS_THEY_COME = "as they come"
 # How long each way is run for its energy: codecarbon takes a sample a second.
 ENERGY_SECONDS = 5.0
 
@@ -67,6 +72,27 @@ class BudgetCost:
 
 
 @dataclass(frozen=True)
+class RivalCost:
+    """What the stock model costs when it is run otherwise.
+
+    Attributes:
+        name: "as they come": plain PyTorch, on batches of texts in the order of the data; else of `AGAINST`, on the
+            batches sorted by length that the budgets are measured on.
+        latency_p50: As in `BudgetCost`.
+        latency_p95: As in `BudgetCost`.
+        throughput: As in `BudgetCost`.
+        agreement: Share of the inputs that another runtime labels as the stock model does; None for a regression, and
+            in plain PyTorch.
+    """
+
+    name: str
+    latency_p50: float
+    latency_p95: float
+    throughput: float
+    agreement: float | None
+
+
+@dataclass(frozen=True)
 class CostCard:
     """What a classifier costs at several budgets, beside the stock model in the same run.
 
@@ -81,6 +107,7 @@ class CostCard:
         hardware: "cpu", "cores", "gpu".
         software: Versions.
         settings: What was run.
+        rivals: What a user could pick instead, if asked for.
     """
 
     parameters: int
@@ -91,6 +118,7 @@ class CostCard:
     hardware: dict[str, Any]
     software: dict[str, str]
     settings: dict[str, Any]
+    rivals: list[RivalCost] = field(default_factory=list)
 
     @property
     def break_even(self) -> int | None:
@@ -106,16 +134,18 @@ class CostCard:
         """From what `to_dict` returned, through JSON or not."""
         stock = None if values["stock"] is None else BudgetCost(**values["stock"])
         results = [BudgetCost(**result) for result in values["results"]]
-        return cls(**{**values, "stock": stock, "results": results})
+        rivals = [RivalCost(**rival) for rival in values.get("rivals", [])]
+        return cls(**{**values, "stock": stock, "results": results, "rivals": rivals})
 
     def __str__(self) -> str:
         settings, tokens = self.settings, self.settings["tokens"]
         paid = settings["training_seconds"] is not None
         rows = [["budget", "spent", "MFLOPs", "p50 ms", "p95 ms", "inputs/s", "speed", "MiB"]]
         rows[0] += ["Wh/1,000", "g CO2e/1,000"] * bool(self.energy) + ["pays after"] * paid
-        rows += [] if self.stock is None else [self._row("stock", self.stock, paid)]
+        if self.stock is not None:
+            rows.append(self._row("stock, sorted" if self.rivals else "stock", self.stock, paid))
         for x in self.results:
-            rows.append(self._row("plain" if x.asked is None else f"{x.asked:.3f}", x, paid))
+            rows.append(self._row(_budget_name(x), x, paid))
         stock = "a model that was cut has no stock model to compare with"
         if self.stock_parameters is not None:
             stock = f"stock {self.stock_parameters:,}"
@@ -130,7 +160,39 @@ class CostCard:
         if self.energy:
             way = "estimated" if self.energy["estimated"] else "measured"
             notes.append(f"energy {way} ({self.energy['cpu']}), electricity of {self.energy['carbon']}")
-        return "\n".join([*_table(rows), "", *notes])
+        compared = ["", *_table(self._rival_rows()), "", self._answer_to_buyer()] if self.rivals else []
+        return "\n".join([*_table(rows), "", *notes, *compared])
+
+    def _rival_rows(self) -> list[list[str]]:
+        """The stock model run otherwise, and how many times its inputs a second each budget answers."""
+        names = [_budget_name(x) for x in self.results]
+        rows = [["instead", "p50 ms", "p95 ms", "inputs/s", "same labels", *(f"{name} gains" for name in names)]]
+        for rival in self.rivals:
+            agreement = "-" if rival.agreement is None else f"{rival.agreement:.1%}"
+            row = [_rival_name(rival), f"{rival.latency_p50:.2f}", f"{rival.latency_p95:.2f}"]
+            row += [f"{rival.throughput:.1f}", agreement]
+            rows.append(row + [f"{x.throughput / rival.throughput:.2f}x" for x in self.results])
+        return rows
+
+    def _answer_to_buyer(self) -> str:
+        """What is gained on the best of the others, in a line."""
+        best = max(self.rivals, key=lambda rival: rival.throughput)
+        safe = [x for x in self.results if x.asked is None or x.asked == 1.0]
+        ours = max(safe or self.results, key=lambda x: x.throughput)
+        name = "a plain call" if ours.asked is None else f"the budget {ours.asked:.3f}"
+        promise = self.settings["promise"]
+        if ours.asked == 1.0:
+            kept = "Its answers are the stock model's."
+        elif ours.asked is None and promise is not None:
+            kept = promise
+        elif ours.asked is None:
+            kept = "Nothing is promised of its answers: run tune."
+        else:
+            kept = "Nothing is promised at a fixed budget."
+        return (
+            f"On these texts {name} answers {ours.throughput / best.throughput:.2f} times as many inputs a second as "
+            f"the best of the others, {_rival_name(best)}. {kept}"
+        )
 
     def _row(self, name: str, x: BudgetCost, paid: bool) -> list[str]:
         speed = "-" if self.stock is None else f"{x.throughput / self.stock.throughput:.2f}x"
@@ -138,6 +200,16 @@ class CostCard:
         row += [f"{x.throughput:.1f}", speed, f"{x.peak_memory:.1f}"]
         row += [f"{1e3 * amount:.3g}" for amount in (x.energy, x.co2e) if amount is not None]
         return row + ["-" if x.break_even is None else f"{x.break_even:,}"] * paid
+
+
+def _budget_name(x: BudgetCost) -> str:
+    return "plain" if x.asked is None else f"{x.asked:.3f}"
+
+
+def _rival_name(rival: RivalCost) -> str:
+    if rival.name in (AS_THEY_COME, "sorted"):
+        return f"stock, {rival.name}"
+    return f"{rival.name}, sorted"
 
 
 def _table(rows: list[list[str]]) -> list[str]:
@@ -207,6 +279,10 @@ def _measure_times(runs: Sequence[Callable[[Any], Any]], batches: Sequence[Any],
     return seconds[1:]
 
 
+def _run_one_of(run: Callable[[Any], Any], place: int, batches: Sequence[Any]) -> None:
+    run(batches[place])
+
+
 def _measure_energy(
     runs: Sequence[Callable[[Any], Any]], batches: Sequence[Any], rows: int
 ) -> tuple[list[tuple[float, float]], dict[str, Any]]:
@@ -263,6 +339,7 @@ def cost_card(
     max_length: int | None = None,
     training_seconds: float | None = None,
     energy: bool = False,
+    against: Sequence[str] = (),
 ) -> CostCard:
     """Measures what a classifier costs at several budgets, beside the stock model with the full model's weights.
 
@@ -282,14 +359,19 @@ def cost_card(
         training_seconds: What training took beyond having the stock model, for `break_even`.
         energy: Whether to measure energy and CO2e, which takes 5 seconds for each budget. codecarbon reads the country
             from the environment variable CODECARBON_COUNTRY_ISO_CODE; without it the world's mean electricity counts.
+        against: What else is measured, of `AGAINST`: "sorted", the stock model in plain PyTorch on batches sorted by
+            length, and the stock model in other runtimes (see `tools.rivals`), on the CPU; where anything is given,
+            the stock model on batches as they come too.
 
     Raises:
         ValueError: An argument is not allowed.
         RuntimeError: The answers are not those of the stock model.
-        ImportError: codecarbon is not installed.
+        ImportError: codecarbon or another runtime is not installed.
     """
     ours: Any = model
     check_classifier(model)
+    check_against(against)
+    _check_comparable(against, ours)
     asked = distinct_budgets(budgets) if ours.config.full_encoder else [None]
     for name, count in (("batch_size", batch_size), ("rows", rows), ("repeats", repeats)):
         if not isinstance(count, int) or count < 1:
@@ -299,10 +381,11 @@ def cost_card(
         raise ValueError(f"dataset must have rows, and a column 'text' or 'input_ids', got {got}.")
     chosen = np.unique(np.linspace(0, len(dataset) - 1, rows).astype(int))
     columns = dataset.with_format(None)[chosen.tolist()]
+    inputs = tokenized(columns, tokenizer, max_length)
     batches, singles = (
-        [batch.to(ours.device) for _, batch in batches_by_length(columns, tokenizer, size, max_length)]
-        for size in (batch_size, 1)
+        [batch.to(ours.device) for _, batch in batches_by_length(inputs, tokenizer, size)] for size in (batch_size, 1)
     )
+    unsorted_batches = [batch.to(ours.device) for batch in _batches_in_order(inputs, tokenizer, batch_size)]
     masks = [batch["attention_mask"] for batch in batches]
     settings = {
         "checkpoint": ours.name_or_path,
@@ -314,14 +397,37 @@ def cost_card(
         "training_seconds": training_seconds,
         "threads": torch.get_num_threads(),
         "dtype": str(ours.dtype).removeprefix("torch."),
+        "against": list(dict.fromkeys(against)),
+        "promise": None if (promise := kept_promise(ours.config)) is None else describe_promise(promise),
     }
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return _measure(ours, asked, batches, singles, settings, energy)
+            return _measure(ours, asked, batches, unsorted_batches, singles, settings, energy)
     finally:
         model.train(was_training)
+
+
+def check_against(against: Sequence[str], allowed: Sequence[str] = AGAINST) -> None:
+    """Raises ValueError where a name is not allowed."""
+    if unknown := [name for name in against if name not in allowed]:
+        raise ValueError(f"against must be of {list(allowed)}, got {unknown}.")
+
+
+def _check_comparable(against: Sequence[str], model: Any) -> None:
+    """Raises ValueError unless the model can be measured against these."""
+    if against and not model.config.full_encoder:
+        raise ValueError(f"against must be empty for a model that was cut, got {list(against)}.")
+    if set(against) - {"sorted"} and model.device.type != "cpu":
+        raise ValueError(f"against must be of ['sorted'] for a model on {model.device}, got {list(against)}.")
+
+
+def _batches_in_order(
+    inputs: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, size: int
+) -> Iterator[BatchEncoding]:
+    for start in range(0, len(inputs["input_ids"]), size):
+        yield tokenizer.pad({name: x[start : start + size] for name, x in inputs.items()}, return_tensors="pt")
 
 
 def _check_answers(model: Any, stock: Any, batches: Any) -> None:
@@ -338,7 +444,13 @@ def _check_answers(model: Any, stock: Any, batches: Any) -> None:
 
 
 def _measure(
-    model: Any, budgets: Sequence[float | None], batches: Any, singles: Any, settings: dict[str, Any], energy: bool
+    model: Any,
+    budgets: Sequence[float | None],
+    batches: Any,
+    unsorted_batches: Any,
+    singles: Any,
+    settings: dict[str, Any],
+    energy: bool,
 ) -> CostCard:
     stock = stock_model(model) if model.config.full_encoder else None
     ways = [partial(model, budget=budget) for budget in budgets]
@@ -351,11 +463,21 @@ def _measure(
     def run(way: Callable[..., Any], batch: Any) -> None:
         way(**batch).logits.cpu()  # which waits for the device
 
+    from .rivals import make_rivals  # which needs this module
+
+    runtimes = [name for name in settings["against"] if name in RIVALS]
+    rivals = make_rivals(runtimes, model, batches, settings["threads"])
     runs, rows = [partial(run, way) for way in ways], len(singles)
+    timed: list[Callable[[Any], Any]] = [*runs, *(rival.answer for rival in rivals.values())]
     largest = max(batches, key=lambda batch: batch["input_ids"].numel())
     used, source = _measure_energy(runs, batches, rows) if energy else ([(None, None)] * len(runs), None)
-    latency = 1e3 * np.quantile(_measure_times(runs, singles, 1), (0.5, 0.95), axis=(0, 1))  # (2, runs)
-    rates = rows / np.median(_measure_times(runs, batches, settings["repeats"]).sum(1), axis=0)  # (runs,)
+    latency = 1e3 * np.quantile(_measure_times(timed, singles, 1), (0.5, 0.95), axis=(0, 1))  # (2, runs)
+
+    # Last, where anything is compared, the stock model on batches as they come.
+    batched: list[Callable[[Any], Any]] = [partial(_run_one_of, run_one, 0) for run_one in timed]
+    batched += [partial(_run_one_of, runs[0], 1)] * bool(settings["against"])
+    pairs = list(zip(batches, unsorted_batches, strict=True))
+    rates = rows / np.median(_measure_times(batched, pairs, settings["repeats"]).sum(1), axis=0)  # (runs,)
     costs = []
     for place, (way, owner) in enumerate(zip(ways, owners, strict=True)):
         with HeldMemory([*owner.parameters(), *owner.buffers()]) as held:
@@ -378,6 +500,17 @@ def _measure(
             break_even=paid,
         )
         costs.append(cost)
+    others = []
+    for name in [AS_THEY_COME, *settings["against"]] if settings["against"] else []:
+        place = len(runs) + list(rivals).index(name) if name in rivals else 0
+        other = RivalCost(
+            name=name,
+            latency_p50=latency[0, place].item(),
+            latency_p95=latency[1, place].item(),
+            throughput=rates[-1 if name == AS_THEY_COME else place].item(),
+            agreement=rivals[name].agreement if name in rivals else None,
+        )
+        others.append(other)
     return CostCard(
         parameters=model.num_parameters(),
         stock_parameters=None if stock is None else stock.num_parameters(),
@@ -387,7 +520,20 @@ def _measure(
         hardware=_find_hardware(model.device),
         software={name: version(name) for name in ("torch", "transformers", "hf-budgetformer")},
         settings=settings,
+        rivals=others,
     )
 
 
-__all__ = ["BudgetCost", "CostCard", "HeldMemory", "cost_card", "count_flops", "inputs_to_break_even", "stock_model"]
+__all__ = [
+    "AGAINST",
+    "RIVALS",
+    "BudgetCost",
+    "CostCard",
+    "HeldMemory",
+    "RivalCost",
+    "check_against",
+    "cost_card",
+    "count_flops",
+    "inputs_to_break_even",
+    "stock_model",
+]

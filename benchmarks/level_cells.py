@@ -1,0 +1,66 @@
+"""The worst cell: ours against the stock model on every size of batch and length, inputs of full length."""
+
+import argparse
+from typing import Any
+
+import torch
+from inputs import build_models
+from measure import Agreement, interleave, ratio, spread, stopwatch
+
+
+SETTINGS: dict[str, Any] = {
+    "model": "minilm",
+    "narrow_budget": 0.25,
+    "batch_sizes": [1, 2, 4, 8, 16, 32, 64],
+    "lengths": [8, 32, 128, 512],
+    "budgets": [1.0, 0.25, 1 / 12],
+    "cell_seconds": 3.0,  # for the rounds of a cell, of which there are `repeats` at most
+}
+
+
+def make_batch(config: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Random tokens, without padding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def check_cell(stock: Any, ours: Any, batch: dict[str, torch.Tensor], budgets: list[float], found: Agreement) -> None:
+    """The full model with stock, every row; the budgets with the masked reference, on two rows."""
+    found.check("ours 1", ours(**batch, budget=1.0).logits, stock(**batch).logits)
+    some = {name: x[:2] for name, x in batch.items()}
+    for budget in budgets:
+        got = ours(**batch, budget=budget).logits[:2]
+        found.check(f"ours {budget:.3g}", got, ours(**some, budget=budget, executor="masked").logits)
+
+
+def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Times stock and budgets in turn, cell by cell; the worst has the lowest ratio."""
+    stock, ours = build_models(settings)
+    agreement = Agreement(settings["dtype"])
+    figures: dict[str, Any] = {}
+    for threads in settings["threads"]:
+        torch.set_num_threads(threads)
+        cells = []
+        for rows in settings["batch_sizes"]:
+            for length in settings["lengths"]:
+                batch = make_batch(stock.config, rows, length)
+                with torch.inference_mode():
+                    check_cell(stock, ours, batch, settings["budgets"], agreement)
+                    runs = {"stock": stopwatch(lambda batch=batch: stock(**batch))}
+                    for budget in settings["budgets"]:
+                        runs[f"{budget:.4g}"] = stopwatch(lambda x=batch, budget=budget: ours(**x, budget=budget))
+                    times = interleave(runs, settings["repeats"], settings["cell_seconds"])
+                for budget in settings["budgets"]:
+                    cell = {
+                        "batch": rows,
+                        "length": length,
+                        "budget": budget,
+                        "rounds": len(times["stock"]),
+                        "stock_seconds": spread(times["stock"]),
+                        "ratio": ratio(times, f"{budget:.4g}", "stock"),
+                    }
+                    cells.append(cell)
+        worst = min(cells, key=lambda cell: cell["ratio"]["median"])
+        figures[str(threads)] = {"cells": cells, "worst": worst}
+    return {"agreement": agreement.to_dict(), "data": [], "figures": figures}

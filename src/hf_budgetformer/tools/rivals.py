@@ -1,0 +1,206 @@
+"""What a user would pick instead: the stock model in onnxruntime and OpenVINO, in float32 and in int8."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..budgets import has_confidence
+from .export import INT8, export_onnx
+from .profiling import RIVALS, check_against, stock_model
+
+
+# Batches that OpenVINO's int8 model is calibrated on, at most: more take longer and change no speed.
+_CALIBRATION_BATCHES = 8
+_TOLERANCE = 1e-4
+
+Batch = Mapping[str, torch.Tensor]
+Answer = Callable[[Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The stock model in another runtime, on the CPU.
+
+    Attributes:
+        answer: From `input_ids`, `attention_mask` and, where there are any, `token_type_ids`, all (B, L) int64 on the
+            CPU, to logits (B, num_labels), float32.
+        agreement: Share of the inputs it was checked on that it labels as the stock model does; None for a regression.
+    """
+
+    answer: Answer
+    agreement: float | None
+
+
+@torch.no_grad()
+def make_rivals(names: Sequence[str], model: nn.Module, batches: Sequence[Batch], threads: int) -> dict[str, Rival]:
+    """The full model of a BudgetFormer classifier in other runtimes, each checked against the stock model.
+
+    Args:
+        names: Of `profiling.RIVALS`. "onnx-int8" has weights in int8 and activations quantised as they come, as
+            `export_onnx` makes it; "openvino-int8" has both quantised by NNCF, calibrated on some of `batches`.
+        model: A BudgetFormer classifier with a full encoder.
+        batches: What it takes, on the CPU; a float32 rival must answer them as the stock model does.
+        threads: That each may use, >= 1.
+
+    Raises:
+        ValueError: A name is unknown, or the model was cut.
+        RuntimeError: A float32 rival answers otherwise than the stock model.
+        ImportError: A package is missing.
+    """
+    check_against(names, RIVALS)
+    if not names:
+        return {}
+    runtimes = _import_runtimes(names)
+    stock = stock_model(model).to("cpu", torch.float32)
+    rivals = {}
+    with TemporaryDirectory() as folder:
+        path = export_onnx(model, Path(folder) / "float32.onnx", 1.0)
+        for name in names:
+            with _quiet():
+                if name.startswith("onnx"):
+                    answer = _in_onnxruntime(path, name.endswith("int8"), threads)
+                else:
+                    answer = _in_openvino(runtimes, path, batches if name.endswith("int8") else None, threads)
+            rivals[name] = Rival(answer, _check(name, answer, stock, batches))
+    return rivals
+
+
+def _import_runtimes(names: Sequence[str]) -> dict[str, Any]:
+    """OpenVINO and NNCF, where they are needed."""
+    found: dict[str, Any] = {}
+    try:
+        import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
+
+        with _unreported():
+            if any(name.startswith("openvino") for name in names):
+                import openvino  # type: ignore[import-untyped]
+
+                found["openvino"] = openvino
+            if "openvino-int8" in names:
+                import nncf  # type: ignore[import-untyped]
+
+                found["nncf"] = nncf
+    except ImportError:
+        raise ImportError('Other runtimes need packages: pip install "hf-budgetformer[rivals]".') from None
+    return found
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Keeps OpenVINO and NNCF from reporting their use to their makers, which they read at import whether to do."""
+    before = {name: os.environ.get(name) for name in ("CI", "NNCF_CI")}
+    os.environ.update(dict.fromkeys(before, "true"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the runtimes tell of their progress and of steps that are not needed."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            logging.disable(logging.WARNING)
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _arrays(names: Sequence[str], batch: Batch) -> dict[str, Any]:
+    """Inputs by name; token types that were not given are zero, as in the stock model."""
+    return {name: batch.get(name, torch.zeros_like(batch["input_ids"])).numpy() for name in names}
+
+
+def _in_onnxruntime(path: Path, int8: bool, threads: int) -> Answer:
+    import onnxruntime as ort
+    from onnxruntime.quantization import quantize_dynamic  # type: ignore[import-untyped]
+
+    if int8:
+        quantized = path.with_name("int8.onnx")
+        quantize_dynamic(path, quantized, **INT8)
+        path = quantized
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Or idle threads would take the processor from whoever is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def answer(batch: Batch) -> torch.Tensor:
+        [logits] = session.run(["logits"], _arrays(names, batch))
+        return torch.from_numpy(logits)
+
+    return answer
+
+
+def _in_openvino(runtimes: Mapping[str, Any], path: Path, calibration: Sequence[Batch] | None, threads: int) -> Answer:
+    core = runtimes["openvino"].Core()
+    graph = core.read_model(path)
+    names = [given.any_name for given in graph.inputs]
+    if calibration is not None:
+        graph = _quantize(runtimes["nncf"], graph, [_arrays(names, batch) for batch in _spread(calibration)])
+    # float32 is meant: where the processor has bfloat16, OpenVINO would take that unasked.
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(graph, "CPU", settings).create_infer_request()
+
+    def answer(batch: Batch) -> torch.Tensor:
+        logits = request.infer(_arrays(names, batch))[0]
+        return torch.from_numpy(logits.copy())  # the request writes its next answer there
+
+    return answer
+
+
+def _quantize(nncf: Any, graph: Any, inputs: Sequence[Mapping[str, Any]]) -> Any:
+    # Half the range of int8, or sums overflow on processors without VNNI; onnxruntime's `reduce_range`.
+    advanced = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+    return nncf.quantize(
+        graph,
+        nncf.Dataset(inputs),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(inputs),
+        advanced_parameters=advanced,
+    )
+
+
+def _spread(batches: Sequence[Batch]) -> list[Batch]:
+    """At most `_CALIBRATION_BATCHES`, evenly spread."""
+    step = max(1, len(batches) // _CALIBRATION_BATCHES)
+    return list(batches[::step][:_CALIBRATION_BATCHES])
+
+
+def _check(name: str, answer: Answer, stock: Any, batches: Sequence[Batch]) -> float | None:
+    """Share of the inputs labelled as by the stock model; raises RuntimeError where a float32 rival is not right."""
+    same = rows = 0
+    for batch in batches:
+        expected, got = stock(**batch).logits, answer(batch)
+        difference = ((got - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item()
+        if not name.endswith("int8") and not difference <= _TOLERANCE:
+            raise RuntimeError(
+                f"{name} differs by {difference:.2g} from the stock model, more than {_TOLERANCE:g}: what is not right "
+                "is not timed."
+            )
+        if stock.config.problem_type == "multi_label_classification":
+            same += ((got > 0) == (expected > 0)).all(-1).sum().item()
+        else:
+            same += (got.argmax(-1) == expected.argmax(-1)).sum().item()
+        rows += len(expected)
+    return same / rows if has_confidence(stock.config) else None
+
+
+__all__ = ["Rival", "make_rivals"]
