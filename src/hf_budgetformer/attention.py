@@ -92,8 +92,8 @@ def attend_packed(
     if bounds is not None and not (dropout or padded_first) and _flash_serves(parts[0]):
         bounds, longest = bounds.to(parts[0].device), max(lengths)
         query, key, value = (x.contiguous() for x in parts)
-        window = {} if reach.window is None else {"window_size": (reach.window, reach.window)}
-        context: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, **window)
+        near = -1 if reach.window is None else reach.window
+        context: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(near, near))
         return context.flatten(-2)
     whole = len(lengths) - padded_first
     runs = [(*run, 0) for run in find_runs(lengths[:whole])] + [(*run, 1) for run in find_runs(lengths[whole:])]
@@ -208,11 +208,11 @@ def run_packed(
     return feed_forward_packed(layer, backbone, attended if backbone.norm_first else norm(attended))
 
 
-@cache
-def packed_kind(kind: type[nn.Module], backbone_type: str, heads: int) -> type[nn.Module]:
+@cache  # so that layers of one kind stay of one kind
+def packed_kind(kind: Any, backbone_type: str, heads: int) -> Any:
     """A stock layer's class, which also takes packed batches; parameters and names are the stock layer's."""
 
-    class PackedLayer(kind):  # type: ignore[misc, valid-type]
+    class PackedLayer(kind):
         def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             """As upstream; or, given `sequences` and `reach`, (T, D) -> (T, D) of a packed batch."""
             if "sequences" not in kwargs:
@@ -226,7 +226,7 @@ def packed_kind(kind: type[nn.Module], backbone_type: str, heads: int) -> type[n
     return PackedLayer
 
 
-def _empty_layer(kind: type[nn.Module], backbone_type: str, heads: int) -> nn.Module:
+def _empty_layer(kind: Any, backbone_type: str, heads: int) -> nn.Module:
     made = packed_kind(kind, backbone_type, heads)
     layer: nn.Module = made.__new__(made)
     return layer

@@ -234,7 +234,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             base.encoder = RoutedEncoder(config)
         else:
             for layer in self.full_layers():
-                layer.__class__ = packed_kind(type(layer), config.backbone_model_type, config.num_attention_heads)
+                kind: Any = type(layer)
+                layer.__class__ = packed_kind(kind, config.backbone_model_type, config.num_attention_heads)
         self.narrow = None
         if config.router == "look":
             # Its head is the stock one, made without an encoder.
@@ -265,7 +266,7 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""
         base: Any = self.base_model
-        return base.get_input_embeddings()  # type: ignore[no-any-return]
+        return base.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the word embeddings."""
@@ -474,7 +475,7 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             module: Any = getattr(base, name, None)
             if module is not None:
                 hidden = module(hidden) if index else module(**hidden)
-        return hidden  # type: ignore[no-any-return]
+        return hidden
 
     def _positions(self, tokens: torch.Tensor, embedded: bool) -> torch.Tensor:
         """Position numbers as the stock embeddings give them, (1, L) or (B, L) int64, of ids or embedded tokens."""

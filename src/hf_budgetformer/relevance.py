@@ -408,7 +408,7 @@ class RoutedLayer(BertLayer):
         self.attention.self = GatedSelfAttention(config, layer_idx=layer_idx)
         self.router = HeadRouter(config)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
