@@ -130,6 +130,11 @@ def attend_band(
     """
     length = query.shape[2]
     blocks = -(-length // BAND_QUERIES)
+    if length**2 <= blocks * BAND_QUERIES * (BAND_QUERIES + 2 * window):  # the square is less
+        places = torch.arange(length, device=query.device)
+        near = ((places[:, None] - places).abs() <= window) & (places >= skipped)
+        near[:, skipped] |= ~near.any(-1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=near, dropout_p=dropout)
     missing = blocks * BAND_QUERIES - length
     band = BAND_QUERIES + 2 * window
     q = F.pad(query, (0, 0, 0, missing)).unflatten(2, (blocks, BAND_QUERIES))  # (B, h, blocks, queries, d)
