@@ -92,7 +92,7 @@ def answers_of(model, tokenizer):
         "logits": model(**inputs).logits,
         "logits_in_full": model(**inputs, budget=1.0).logits,
         "logits_narrow": model(**inputs, budget=0.25).logits,
-        "hidden": model.base_model(**inputs).last_hidden_state,
+        "hidden": model.base_model(**inputs).last_hidden_state * inputs["attention_mask"][..., None],  # as ours
     }
 
 
