@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from conftest import VOCABULARY
 from hf_budgetformer import BudgetFormerConfig, BudgetFormerForSequenceClassification, BudgetFormerModel
 from hf_budgetformer.attention import BAND_QUERIES, Reach, attend_band, attend_packed, attend_padded
-from hf_budgetformer.backbones import BACKBONES, Backbone, LayerNames, stock_config
+from hf_budgetformer.backbones import BACKBONES, Backbone, LayerNames
 from hf_budgetformer.budgets import OpeningOrder
 from hf_budgetformer.packing import find_packing
 from hf_budgetformer.tools.narrowing import cut, unit_importance
@@ -39,7 +39,7 @@ OWN = {
         "attention_dropout": 0.0,
         "seq_classif_dropout": 0.0,
     },
-    "electra": {"embedding_size": 12},
+    "electra": {"embedding_size": 12, "summary_last_dropout": 0.0},
     "modernbert": {"local_attention": 8, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
 }
 

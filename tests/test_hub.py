@@ -35,6 +35,7 @@ from conftest import (
     stock_folder,
 )
 from hf_budgetformer import BudgetFormerConfig, BudgetFormerForSequenceClassification, BudgetFormerModel
+from hf_budgetformer.modeling_budgetformer import TASKS
 from loopback_hub import LoopbackHub
 
 
@@ -55,7 +56,7 @@ SHIPPED = {
 AUTO_MAP = {
     "AutoConfig": "configuration_budgetformer.BudgetFormerConfig",
     "AutoModel": "modeling_budgetformer.BudgetFormerModel",
-    "AutoModelForSequenceClassification": "modeling_budgetformer.BudgetFormerForSequenceClassification",
+    **{f"AutoModelFor{task}": f"modeling_budgetformer.BudgetFormerFor{task}" for task in TASKS},
 }
 MASKED_LM = {"bert": (BertForMaskedLM, "cls."), "roberta": (RobertaForMaskedLM, "lm_head.")}
 TEXTS = ["w1 w2 w3", "w14 w11 w12 w19 w10 w15 w16", "w25", "w30 w3 w17 w22 w5 w9 w28 w2 w11 w4 w6 w33"]

@@ -1,11 +1,16 @@
 """BudgetFormer for Hugging Face Transformers: each input gets its own share of the work. Importing it registers it."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+import transformers
+from transformers import AutoConfig, AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_budgetformer import BudgetFormerConfig
 from .modeling_budgetformer import (
+    TASKS,
+    BudgetFormerForMultipleChoice,
+    BudgetFormerForQuestionAnswering,
     BudgetFormerForSequenceClassification,
+    BudgetFormerForTokenClassification,
     BudgetFormerModel,
     BudgetFormerPreTrainedModel,
 )
@@ -17,7 +22,10 @@ __version__ = "0.2.0"
 
 AutoConfig.register(BudgetFormerConfig.model_type, BudgetFormerConfig, exist_ok=True)
 AutoModel.register(BudgetFormerConfig, BudgetFormerModel, exist_ok=True)
-AutoModelForSequenceClassification.register(BudgetFormerConfig, BudgetFormerForSequenceClassification, exist_ok=True)
+for _task in TASKS:
+    _kind = globals()[f"BudgetFormerFor{_task}"]
+    getattr(transformers, f"AutoModelFor{_task}").register(BudgetFormerConfig, _kind, exist_ok=True)
+    _kind.register_for_auto_class(f"AutoModelFor{_task}")
 
 # For `pipeline(...)(text, budget=0.25)`. Upstream's way to register warns, and saves the pipeline's code with a model.
 PIPELINE_REGISTRY.supported_tasks["text-classification"] = {
@@ -28,12 +36,14 @@ PIPELINE_REGISTRY.supported_tasks["text-classification"] = {
 # A saved folder carries the code with it, for those who have not installed the package.
 BudgetFormerConfig.register_for_auto_class()
 BudgetFormerModel.register_for_auto_class("AutoModel")
-BudgetFormerForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = [
     "BudgetCallback",
     "BudgetFormerConfig",
+    "BudgetFormerForMultipleChoice",
+    "BudgetFormerForQuestionAnswering",
     "BudgetFormerForSequenceClassification",
+    "BudgetFormerForTokenClassification",
     "BudgetFormerModel",
     "BudgetFormerPreTrainedModel",
     "add_teacher_logits",

@@ -144,18 +144,18 @@ def confidence(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
     """How sure an answer is, in [0, 1].
 
     Args:
-        logits: (B, num_labels).
+        logits: (B, num_labels); of one label of many there may be other dimensions before the last.
         problem_type: As in a configuration. Of one label of many it is the margin between the two best probabilities;
             of several labels the least margin between a label's probability and its complement.
 
     Returns:
-        (B,), at least float32.
+        (B,), at least float32; or what is before the last dimension.
     """
     logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type == "multi_label_classification":
         return (2.0 * logits.sigmoid() - 1.0).abs().amin(-1)
     best = logits.softmax(-1).topk(2, dim=-1).values
-    return best[:, 0] - best[:, 1]
+    return best[..., 0] - best[..., 1]
 
 
 def first_look_budget(config: Any) -> float:

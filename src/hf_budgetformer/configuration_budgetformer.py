@@ -75,7 +75,7 @@ class BudgetFormerConfig(PreTrainedConfig):
     """Configuration of [`BudgetFormerModel`] and [`BudgetFormerForSequenceClassification`].
 
     The backbone's fields keep their names and meaning from `BertConfig` and `RobertaConfig`. `from_pretrained` on a
-    plain BERT or RoBERTa checkpoint, and [`from_backbone_config`], adopt them. The remaining fields are ours. A
+    plain checkpoint of a supported backbone, and [`from_backbone_config`], adopt them. The remaining fields are ours. A
     *budget* is a share of the full encoder's work, (0, 1].
 
     Args:
@@ -254,7 +254,7 @@ class BudgetFormerConfig(PreTrainedConfig):
 
     @classmethod
     def from_backbone_config(cls, config: PreTrainedConfig | dict[str, Any], **kwargs: Any) -> "BudgetFormerConfig":
-        """Builds a configuration around a plain BERT or RoBERTa one.
+        """Builds a configuration around that of a supported backbone.
 
         Args:
             config: The stock configuration, or its dictionary with a `model_type`.
@@ -287,7 +287,7 @@ class BudgetFormerConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As upstream, but the dictionary of a plain BERT or RoBERTa checkpoint comes back as one of this class."""
+        """As upstream, but the dictionary of a plain checkpoint comes back as one of this class."""
         _refuse_gone(kwargs)
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # Checkpoints of 2019 name no type: the caller may.

@@ -8,11 +8,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
@@ -38,6 +51,8 @@ _GONE = {
     "head_budget": "head_budget is of hf_budgetformer 0.1: write budget=, the share of the full encoder's work.",
 }
 
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+
 
 @dataclass
 class BudgetFormerModelOutput(BaseModelOutputWithPooling):
@@ -62,16 +77,38 @@ class BudgetFormerClassifierOutput(SequenceClassifierOutput):
 
 
 @dataclass
+class BudgetFormerTokenClassifierOutput(TokenClassifierOutput):
+    """Stock output of a token classifier, and what was spent, as in `BudgetFormerModelOutput`."""
+
+    budget: torch.Tensor | None = None
+
+
+@dataclass
+class BudgetFormerMultipleChoiceOutput(MultipleChoiceModelOutput):
+    """Stock output of a choice, and what was spent, as in `BudgetFormerModelOutput`."""
+
+    budget: torch.Tensor | None = None
+
+
+@dataclass
+class BudgetFormerQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """Stock output of spans, and what was spent, as in `BudgetFormerModelOutput`."""
+
+    budget: torch.Tensor | None = None
+
+
+@dataclass
 class Embedded:
     """A batch behind the embeddings.
 
     Args:
         hidden: Hidden states, packed (T, D) or padded (B, L, D).
         batch: How they lie.
-        rows: How many inputs.
+        rows: How many inputs are answered; each is `choices` sequences, one after the other.
         mask: (B, L) as it was given, or None.
         positions: Of the tokens, (T,) or (1 or B, L) int64, where layers need them; else None.
         masked: Whether closed units are to be computed and multiplied by zero.
+        choices: Sequences of an input.
     """
 
     hidden: torch.Tensor
@@ -80,16 +117,19 @@ class Embedded:
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     masked: bool = False
+    choices: int = 1
 
     def select(self, rows: torch.Tensor) -> "Embedded":
         """The inputs `rows` (b,) int64, distinct, alone."""
-        rows = rows.to(self.hidden.device)
+        count, rows = len(rows), rows.to(self.hidden.device)
+        if self.choices > 1:
+            rows = (rows[:, None] * self.choices + torch.arange(self.choices, device=rows.device)).flatten()
         hidden, batch = self.batch.select(self.hidden, rows)
         positions = self.positions
         if positions is not None and (positions.dim() == 1 or len(positions) > 1):
             positions, _ = self.batch.select(positions, rows)
         mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
-        return Embedded(hidden, batch, len(rows), mask, positions, self.masked)
+        return Embedded(hidden, batch, count, mask, positions, self.masked, self.choices)
 
     def detach(self) -> "Embedded":
         """Cut off from the embeddings' gradient."""
@@ -352,7 +392,7 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {
             "AutoConfig": "configuration_budgetformer.BudgetFormerConfig",
             "AutoModel": "modeling_budgetformer.BudgetFormerModel",
-            "AutoModelForSequenceClassification": "modeling_budgetformer.BudgetFormerForSequenceClassification",
+            **{f"AutoModelFor{task}": f"modeling_budgetformer.BudgetFormerFor{task}" for task in TASKS},
         }
         kind = type(self)
         # Sharding makes a class of torch's on top; the code to save is that of the class below.
@@ -431,6 +471,7 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         budget: Any = None,
         executor: str | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        choices: int = 1,
     ) -> Embedded:
         """Checks the arguments of `forward`, embeds, and takes padding away where nothing stands against it.
 
@@ -439,14 +480,16 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             budget: As `forward` takes it.
             executor: As `forward` takes it.
             kwargs: Further arguments of `forward`.
+            choices: How many of the B sequences, one after the other, are an input.
         """
         given, kwargs = dict(given), dict(kwargs or {})
         mask = given.pop("attention_mask", None)
         input_ids, position_ids, inputs_embeds = (given.get(x) for x in ("input_ids", "position_ids", "inputs_embeds"))
         _check_inputs(self.config, input_ids, mask, position_ids, inputs_embeds, kwargs)
         tokens: Any = inputs_embeds if input_ids is None else input_ids
+        rows = tokens.shape[0] // choices
         if budget is not None:
-            _check_budget(budget, tokens.shape[0])
+            _check_budget(budget, rows)
         masked = self._check_executor(executor) == "masked"
         stock_attention = self.config._attn_implementation == "sdpa" and not self.recorded(kwargs, "output_attentions")
         if masked or not stock_attention or not _values_are_known():
@@ -454,7 +497,7 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             places = position_ids
             if self.backbone.rotary and places is None:
                 places = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            return Embedded(self._embed_tokens(given), batch, tokens.shape[0], mask, places, masked)
+            return Embedded(self._embed_tokens(given), batch, rows, mask, places, masked, choices)
         packing = find_packing(mask, tuple(tokens.shape[:2]), tokens.device)
         if position_ids is None:  # they count from the start of each input, wherever its padding is
             given["position_ids"] = self._positions(tokens, input_ids is None)
@@ -465,7 +508,7 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         }
         hidden = self._embed_tokens(packed)[0]
         places = packed["position_ids"][0] if self.backbone.rotary else None  # type: ignore[index]
-        return Embedded(hidden, packing, tokens.shape[0], mask, places)
+        return Embedded(hidden, packing, rows, mask, places, choices=choices)
 
     def _embed_tokens(self, given: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         backbone, base = self.backbone, self.base_model
@@ -700,17 +743,219 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         return outputs
 
 
-class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
-    """The stock classifier, unchanged, and a narrow encoder that answers for it where it is sure of its answer.
+class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
+    """A stock model of a task, unchanged, and a narrow encoder that answers for it where it is sure of its answer.
 
     The stock modules and their parameters keep their names, so that checkpoints go both ways; ours are `narrow.*`.
+    A task is what follows here, and a signature of `forward`.
     """
 
-    stock_classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    task: ClassVar[str] = "SequenceClassification"
+    output_class: ClassVar[Any] = BudgetFormerClassifierOutput
+    # Fields of the output that make up an answer.
+    answer_fields: ClassVar[tuple[str, ...]] = ("logits",)
 
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__(config)
         self.num_labels: Any = config.num_labels  # typed as optional upstream
+
+    def reads_all(self) -> bool:
+        """Whether the head reads all tokens, rather than the first."""
+        return getattr(self.config, "classifier_pooling", "cls") == "mean"
+
+    def doubt(self, answer: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Confidence (b,) of answers (b, ...), of inputs with that mask (b, L)."""
+        return confidence(answer, self.config.problem_type)
+
+    def diverge(
+        self, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, targets: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """How far answers are from others, a scalar."""
+        return teacher_divergence(answer, target, "single_label_classification").mean()
+
+    def loss_of(self, answer: torch.Tensor, targets: Mapping[str, Any]) -> Any:
+        """The task's loss, a scalar; None without labels."""
+        if targets["labels"] is None:
+            return None
+        return F.cross_entropy(answer.view(-1, answer.shape[-1]), targets["labels"].view(-1))
+
+    def _unite(self, found: Any) -> torch.Tensor:
+        parts = [found[name] for name in self.answer_fields]
+        return parts[0] if len(parts) == 1 else torch.stack(parts, -1)
+
+    def _output(self, answer: torch.Tensor, **fields: Any) -> Any:
+        parts = [answer] if len(self.answer_fields) == 1 else answer.unbind(-1)
+        return self.output_class(**dict(zip(self.answer_fields, parts, strict=True)), **fields)
+
+    def _run(
+        self,
+        given: dict[str, Any],
+        targets: dict[str, Any],
+        teacher_logits: torch.Tensor | None,
+        budget: float | torch.Tensor | None,
+        executor: str | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What every task's `forward` does, with `router="look"`."""
+        recordings = self.recordings(kwargs)
+        flat, choices = given, 1
+        if self.task == "MultipleChoice":
+            tokens: Any = given["inputs_embeds"] if given["input_ids"] is None else given["input_ids"]
+            choices = tokens.shape[1]
+            flat = {name: None if x is None else x.flatten(0, 1) for name, x in given.items()}
+        learning = self.training and torch.is_grad_enabled()
+        if recordings and budget is None and not learning:
+            checked = {name: x for name, x in flat.items() if name != "token_type_ids"}
+            _check_inputs(self.config, **checked, unknown=kwargs)
+            return self._record(given, targets, recordings)
+        embedded = self.embed(flat, budget, executor, kwargs, choices)
+        if learning:
+            return self._train(embedded, given, budget, targets, teacher_logits, recordings)
+        plans = self._plan(budget, recorded=bool(recordings))
+        if recordings:
+            if plans != Plan((FULL_LOOK,)):
+                self.refuse_recording(kwargs)
+            return self._record(given, targets, recordings)
+        if isinstance(plans, Plan):
+            answer, spent = self._look(embedded, plans.looks, plans.thresholds)
+        else:
+            answer, spent = self._look_in_groups(embedded, plans)
+        return self._output(answer, loss=self.loss_of(answer, targets), budget=spent)
+
+    def _record(self, given: dict[str, Any], targets: dict[str, Any], recordings: dict[str, Any]) -> Any:
+        """The stock model itself, with what it records."""
+        found = self.stock_class.forward(self, **self.stock_inputs(given), **targets, return_dict=True, **recordings)
+        answer = found[self.answer_fields[0]]
+        return self.output_class(**found, budget=torch.ones(len(answer), device=answer.device))
+
+    def read_answer(
+        self,
+        embedded: Embedded,
+        hidden: torch.Tensor,
+        narrow: bool = False,
+        targets: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What the stock head, or the narrow encoder's copy of it, says of hidden states: the stock class's output."""
+        own: Any = self.narrow
+        first = embedded.batch.first(hidden)[:, None]  # (B, 1, D)
+        pooler = own.pooler if narrow else getattr(self.base_model, "pooler", None)
+        reads_all = self.reads_all()
+        outputs = BaseModelOutputWithPooling(
+            last_hidden_state=embedded.batch.pad(hidden) if reads_all else first,
+            pooler_output=None if pooler is None else pooler(first),
+        )
+        answered = _Answered(self, outputs, own.head_parts() if narrow else {})
+        given: dict[str, Any] = {"attention_mask": embedded.mask if reads_all else None}
+        if embedded.choices > 1:  # it counts them
+            given["inputs_embeds"] = hidden.new_empty(embedded.rows, embedded.choices, 1, 1)
+        return self.stock_class.forward(answered, **given, **(targets or {}), return_dict=True)
+
+    def _answer(self, embedded: Embedded, look: Look) -> torch.Tensor:
+        """Answers (b, ...) of one look."""
+        narrow = look.counts is not None
+        hidden = self.encode_narrow(embedded, look) if narrow else self.encode_full(embedded)
+        return self._unite(self.read_answer(embedded, hidden, narrow))
+
+    def _look(
+        self, embedded: Embedded, looks: Sequence[Look], thresholds: Sequence[float | torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers (B, ...) and budgets (B,) of looks, each at the inputs that the one before left in doubt."""
+        logits = self._answer(embedded, looks[0])
+        spent = logits.new_full((embedded.rows,), looks[0].cost, dtype=torch.float32)
+        doubted, answer = torch.arange(embedded.rows, device=logits.device), logits
+        for look, threshold in zip(looks[1:], thresholds, strict=True):
+            if isinstance(threshold, torch.Tensor):
+                threshold = threshold.to(logits.device)[doubted]
+            rows = (self.doubt(answer, embedded.mask) < threshold).nonzero()[:, 0]
+            if not len(rows):
+                break
+            embedded, doubted = embedded if len(rows) == embedded.rows else embedded.select(rows), doubted[rows]
+            answer = self._answer(embedded, look).to(logits.device)
+            logits = logits.index_copy(0, doubted, answer)
+            spent = spent.index_add(0, doubted, spent.new_full((len(rows),), look.cost))
+        return logits, spent
+
+    def _look_in_groups(self, embedded: Embedded, plans: list[Plan]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_look`, with looks of each input's own: those that have the same looks share them."""
+        groups: dict[tuple[Look, ...], list[int]] = {}
+        for row, plan in enumerate(plans):
+            groups.setdefault(plan.looks, []).append(row)
+        parts = []
+        for looks, members in groups.items():
+            thresholds = [
+                torch.tensor([plans[row].thresholds[number] for row in members]) for number in range(len(looks) - 1)
+            ]
+            parts.append(self._look(embedded.select(torch.tensor(members)), looks, thresholds))
+        order = torch.tensor([row for members in groups.values() for row in members])
+        logits = torch.cat([part for part, _ in parts])
+        spent = torch.cat([part for _, part in parts])
+        place = order.argsort().to(logits.device)
+        return logits[place], spent[place]
+
+    def _train(
+        self,
+        embedded: Embedded,
+        given: dict[str, Any],
+        budget: float | torch.Tensor | None,
+        targets: dict[str, Any],
+        teacher_logits: torch.Tensor | None,
+        recordings: dict[str, Any],
+    ) -> Any:
+        """One step's loss: the full model's, where it runs, and the narrow encoder's."""
+        config: Any = self.config
+        narrow: Any = self.narrow
+        if isinstance(budget, torch.Tensor) or (budget is not None and budget > config.narrow_budget):
+            raise ValueError(f"budget must be a float of at most {config.narrow_budget:g} in training, got {budget}.")
+        full, loss, states, attentions = None, None, None, None
+        runs_full = config.full_encoder and not (config.freeze_full and teacher_logits is not None)
+        target = teacher_logits
+        if runs_full:
+            if recordings:
+                found: Any = self._record(given, targets, recordings)
+            else:
+                found = self.read_answer(embedded, self.encode_full(embedded), targets=targets)
+            full, loss, states, attentions = self._unite(found), found.loss, found.hidden_states, found.attentions
+            target = full.detach()
+        if budget is not None:
+            look = narrow.order.look(budget)
+        else:
+            look = narrow.draw() if config.full_encoder else narrow.widest
+        embedded = embedded.detach() if config.full_encoder else embedded
+        answer = self._answer(embedded, look)
+        if not config.full_encoder:
+            loss = self.loss_of(answer, targets)
+        log = {"budget": answer.new_tensor(look.cost)}
+        if loss is not None:
+            log["task_loss"] = loss.detach()
+        own_loss = answer.new_zeros(())
+        if target is not None:
+            divergence = self.diverge(answer, target, embedded.mask, targets)
+            log["divergence"] = divergence.detach()
+            own_loss = own_loss + divergence
+        if not config.full_encoder and target is not None:  # the labels and the teacher share the loss
+            own_loss = config.distillation_weight * own_loss
+            loss = None if loss is None else (1.0 - config.distillation_weight) * loss
+        narrow.count_step(answer)
+        self.training_log = log
+        if loss is not None:
+            loss = loss + own_loss
+        elif target is not None and (config.freeze_full or not config.full_encoder):
+            loss = own_loss  # rows without labels teach the narrow encoder too
+        if states is not None and states[-1] is not None:
+            states = (*states[:-1], attach_loss(states[-1], own_loss))
+        return self._output(
+            attach_loss(answer if full is None else full, own_loss),
+            loss=loss,
+            hidden_states=states,
+            attentions=attentions,
+            budget=answer.new_full((embedded.rows,), look.cost + runs_full, dtype=torch.float32),
+        )
+
+
+class BudgetFormerForSequenceClassification(BudgetFormerTaskModel):
+    """The stock classifier, unchanged, and a narrow encoder that answers for it where it is sure of its answer."""
+
+    stock_classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     @can_return_tuple
     def forward(
@@ -765,162 +1010,34 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
-        recordings = self.recordings(kwargs)
-        if recordings and self.config.router == "look" and budget is None and not self.training:
-            _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
-            return self._record(given, labels, recordings)
-        embedded = self.embed(given, budget, executor, kwargs)
         if teacher_logits is not None:
-            self._check_teacher_logits(teacher_logits, embedded.rows)
+            self._check_teacher_logits(teacher_logits, len(inputs_embeds if input_ids is None else input_ids))  # type: ignore[arg-type]
         if self.config.router == "layer":
+            embedded = self.embed(given, budget, executor, kwargs)
             outputs = self._classify_routed(embedded, budget, labels, teacher_logits, kwargs)
             outputs.head_gates = outputs.head_gates if output_head_gates else None
             return outputs
-        if self.training and torch.is_grad_enabled():
-            return self._train(embedded, given, budget, labels, teacher_logits, recordings)
-        plans = self._plan(budget, recorded=bool(recordings))
-        if recordings:
-            if plans != Plan((FULL_LOOK,)):
-                self.refuse_recording(kwargs)
-            return self._record(given, labels, recordings)
-        if isinstance(plans, Plan):
-            logits, spent = self._look(embedded, plans.looks, plans.thresholds)
-        else:
-            logits, spent = self._look_in_groups(embedded, plans)
-        return BudgetFormerClassifierOutput(loss=self._task_loss(logits, labels), logits=logits, budget=spent)
-
-    def _task_loss(self, logits: Any, labels: torch.Tensor | None) -> Any:
-        return None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-
-    def _record(
-        self, given: dict[str, Any], labels: torch.Tensor | None, recordings: dict[str, Any]
-    ) -> BudgetFormerClassifierOutput:
-        """The stock model itself, with what it records."""
-        found = self.stock_class.forward(
-            self, **self.stock_inputs(given), labels=labels, return_dict=True, **recordings
+        found: BudgetFormerClassifierOutput = self._run(
+            given, {"labels": labels}, teacher_logits, budget, executor, kwargs
         )
-        return BudgetFormerClassifierOutput(**found, budget=torch.ones(len(found.logits), device=found.logits.device))
+        return found
 
-    def read_answer(
-        self, embedded: Embedded, hidden: torch.Tensor, narrow: bool = False, labels: torch.Tensor | None = None
-    ) -> Any:
-        """What the stock head, or the narrow encoder's copy of it, says of hidden states: the stock class's output."""
-        own: Any = self.narrow
-        first = embedded.batch.first(hidden)[:, None]  # (B, 1, D)
-        pooler = own.pooler if narrow else getattr(self.base_model, "pooler", None)
-        reads_all = getattr(self.config, "classifier_pooling", "cls") == "mean"
-        outputs = BaseModelOutputWithPooling(
-            last_hidden_state=embedded.batch.pad(hidden) if reads_all else first,
-            pooler_output=None if pooler is None else pooler(first),
-        )
-        answered = _Answered(self, outputs, own.head_parts() if narrow else {})
-        mask = embedded.mask if reads_all else None
-        return self.stock_class.forward(answered, attention_mask=mask, labels=labels, return_dict=True)
+    def diverge(
+        self, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, targets: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """As above, for several labels and regressions too."""
+        return teacher_divergence(answer, target, self._problem_type(targets["labels"])).mean()
 
-    def _answer(self, embedded: Embedded, look: Look) -> torch.Tensor:
-        """Logits (b, num_labels) of one look."""
-        narrow = look.counts is not None
-        hidden = self.encode_narrow(embedded, look) if narrow else self.encode_full(embedded)
-        answer: torch.Tensor = self.read_answer(embedded, hidden, narrow).logits
-        return answer
-
-    def _look(
-        self, embedded: Embedded, looks: Sequence[Look], thresholds: Sequence[float | torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, num_labels) and budgets (B,) of looks, each at the inputs that the one before left in doubt."""
-        logits = self._answer(embedded, looks[0])
-        spent = logits.new_full((embedded.rows,), looks[0].cost, dtype=torch.float32)
-        doubted, answer = torch.arange(embedded.rows, device=logits.device), logits
-        for look, threshold in zip(looks[1:], thresholds, strict=True):
-            if isinstance(threshold, torch.Tensor):
-                threshold = threshold.to(logits.device)[doubted]
-            rows = (confidence(answer, self.config.problem_type) < threshold).nonzero()[:, 0]
-            if not len(rows):
-                break
-            embedded, doubted = embedded if len(rows) == embedded.rows else embedded.select(rows), doubted[rows]
-            answer = self._answer(embedded, look).to(logits.device)
-            logits = logits.index_copy(0, doubted, answer)
-            spent = spent.index_add(0, doubted, spent.new_full((len(rows),), look.cost))
-        return logits, spent
-
-    def _look_in_groups(self, embedded: Embedded, plans: list[Plan]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `_look`, with looks of each input's own: those that have the same looks share them."""
-        groups: dict[tuple[Look, ...], list[int]] = {}
-        for row, plan in enumerate(plans):
-            groups.setdefault(plan.looks, []).append(row)
-        parts = []
-        for looks, members in groups.items():
-            thresholds = [
-                torch.tensor([plans[row].thresholds[number] for row in members]) for number in range(len(looks) - 1)
-            ]
-            parts.append(self._look(embedded.select(torch.tensor(members)), looks, thresholds))
-        order = torch.tensor([row for members in groups.values() for row in members])
-        logits = torch.cat([part for part, _ in parts])
-        spent = torch.cat([part for _, part in parts])
-        place = order.argsort().to(logits.device)
-        return logits[place], spent[place]
+    def loss_of(self, answer: torch.Tensor, targets: Mapping[str, Any]) -> Any:
+        """As above, for several labels and regressions too."""
+        if targets["labels"] is None:
+            return None
+        return self.loss_function(labels=targets["labels"], pooled_logits=answer, config=self.config)
 
     def _problem_type(self, labels: torch.Tensor | None) -> str:
         if self.config.problem_type is None and labels is not None and self.num_labels > 1:
             return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         return self.config.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
-
-    def _train(
-        self,
-        embedded: Embedded,
-        given: dict[str, Any],
-        budget: float | torch.Tensor | None,
-        labels: torch.Tensor | None,
-        teacher_logits: torch.Tensor | None,
-        recordings: dict[str, Any],
-    ) -> BudgetFormerClassifierOutput:
-        """One step's loss: the full model's, where it runs, and the narrow encoder's."""
-        config: Any = self.config
-        narrow: Any = self.narrow
-        if isinstance(budget, torch.Tensor) or (budget is not None and budget > config.narrow_budget):
-            raise ValueError(f"budget must be a float of at most {config.narrow_budget:g} in training, got {budget}.")
-        problem_type = self._problem_type(labels)
-        outputs, logits, loss = BudgetFormerClassifierOutput(), None, None
-        runs_full = config.full_encoder and not (config.freeze_full and teacher_logits is not None)
-        target = teacher_logits
-        if runs_full:
-            if recordings:
-                found: Any = self._record(given, labels, recordings)
-            else:
-                found = self.read_answer(embedded, self.encode_full(embedded), labels=labels)
-            logits, outputs.hidden_states, outputs.attentions = found.logits, found.hidden_states, found.attentions
-            loss, target = found.loss, logits.detach()
-        if budget is not None:
-            look = narrow.order.look(budget)
-        else:
-            look = narrow.draw() if config.full_encoder else narrow.widest
-        embedded = embedded.detach() if config.full_encoder else embedded
-        answer = self.read_answer(embedded, self.encode_narrow(embedded, look), narrow=True).logits
-        if not config.full_encoder:
-            loss = self._task_loss(answer, labels)
-        log = {"budget": answer.new_tensor(look.cost)}
-        if loss is not None:
-            log["task_loss"] = loss.detach()
-        own_loss = answer.new_zeros(())
-        if target is not None:
-            divergence = teacher_divergence(answer, target, problem_type).mean()
-            log["divergence"] = divergence.detach()
-            own_loss = own_loss + divergence
-        if not config.full_encoder and target is not None:  # the labels and the teacher share the loss
-            own_loss = config.distillation_weight * own_loss
-            loss = None if loss is None else (1.0 - config.distillation_weight) * loss
-        narrow.count_step(answer)
-        self.training_log = log
-        if loss is not None:
-            outputs.loss = loss + own_loss
-        elif config.freeze_full or not config.full_encoder:  # rows without labels teach the narrow encoder too
-            outputs.loss = own_loss if target is not None else None
-        outputs.logits = attach_loss(answer if logits is None else logits, own_loss)
-        if outputs.hidden_states is not None and outputs.hidden_states[-1] is not None:
-            last = attach_loss(outputs.hidden_states[-1], own_loss)
-            outputs.hidden_states = (*outputs.hidden_states[:-1], last)
-        outputs.budget = answer.new_full((embedded.rows,), look.cost + runs_full, dtype=torch.float32)
-        return outputs
 
     def _classify_routed(
         self,
@@ -973,8 +1090,204 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             )
 
 
+class BudgetFormerForTokenClassification(BudgetFormerTaskModel):
+    """The stock token classifier and a narrow encoder beside it: an input is doubted for its least sure token.
+
+    Where padding was removed, logits are those of a zero; the stock classes leave numbers there that mean nothing.
+    """
+
+    task = "TokenClassification"
+    stock_classes = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    output_class = BudgetFormerTokenClassifierOutput
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        budget: float | torch.Tensor | None = None,
+        executor: str | None = None,
+        **kwargs: Any,
+    ) -> BudgetFormerTokenClassifierOutput:
+        """Labels every token of a batch.
+
+        Args:
+            input_ids: (B, L), int64; or else `inputs_embeds`.
+            attention_mask: (B, L), 1 for real tokens and 0 for padding; None: no padding.
+            token_type_ids: (B, L), int64.
+            position_ids: (B, L), int64.
+            inputs_embeds: (B, L, D), float.
+            labels: (B, L), int64 in [0, num_labels), or -100 to be ignored.
+            budget: As in [`BudgetFormerForSequenceClassification`].
+            executor: As in [`BudgetFormerForSequenceClassification`].
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
+
+        Raises:
+            ValueError: An argument's shape or value is not allowed.
+            TypeError: An argument does not exist.
+        """
+        kwargs.pop("return_dict", None)
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        found: BudgetFormerTokenClassifierOutput = self._run(given, {"labels": labels}, None, budget, executor, kwargs)
+        return found
+
+    def reads_all(self) -> bool:
+        """It does."""
+        return True
+
+    def doubt(self, answer: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Least margin (b,) between the two best labels of a real token, of logits (b, L, num_labels)."""
+        sure = confidence(answer, None)
+        return (sure if mask is None else sure.masked_fill(mask == 0, 1.0)).amin(-1)
+
+    def diverge(
+        self, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, targets: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Mean over real tokens."""
+        found = teacher_divergence(answer, target, "single_label_classification")
+        return found.mean() if mask is None else found[mask != 0].mean()
+
+
+class BudgetFormerForQuestionAnswering(BudgetFormerTaskModel):
+    """The stock model of spans and a narrow encoder beside it: a span is as sure as both of its ends together.
+
+    Where padding was removed, logits are those of a zero; the stock classes leave numbers there that mean nothing.
+    """
+
+    task = "QuestionAnswering"
+    stock_classes = MODEL_FOR_QUESTION_ANSWERING_MAPPING
+    output_class = BudgetFormerQuestionAnsweringOutput
+    answer_fields = ("start_logits", "end_logits")
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        budget: float | torch.Tensor | None = None,
+        executor: str | None = None,
+        **kwargs: Any,
+    ) -> BudgetFormerQuestionAnsweringOutput:
+        """Finds where the answer to a question starts and ends.
+
+        Args:
+            input_ids: (B, L), int64; or else `inputs_embeds`.
+            attention_mask: (B, L), 1 for real tokens and 0 for padding; None: no padding.
+            token_type_ids: (B, L), int64.
+            position_ids: (B, L), int64.
+            inputs_embeds: (B, L, D), float.
+            start_positions: (B,), int64, of the answer's first token.
+            end_positions: (B,), int64, of its last.
+            budget: As in [`BudgetFormerForSequenceClassification`].
+            executor: As in [`BudgetFormerForSequenceClassification`].
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
+
+        Raises:
+            ValueError: An argument's shape or value is not allowed.
+            TypeError: An argument does not exist.
+        """
+        kwargs.pop("return_dict", None)
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        found: BudgetFormerQuestionAnsweringOutput = self._run(
+            given, {"start_positions": start_positions, "end_positions": end_positions}, None, budget, executor, kwargs
+        )
+        return found
+
+    def reads_all(self) -> bool:
+        """It does."""
+        return True
+
+    @staticmethod
+    def _over_places(answer: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Logits of both ends at real tokens: (b, L, 2) -> (b, 2, L)."""
+        logits = answer.transpose(1, 2)
+        return logits if mask is None else logits.masked_fill((mask == 0)[:, None], torch.finfo(logits.dtype).min)
+
+    def doubt(self, answer: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Product (b,) of both ends' margins between the two best places."""
+        logits = F.pad(self._over_places(answer, mask), (0, 1), value=torch.finfo(answer.dtype).min)
+        return confidence(logits, None).prod(-1)
+
+    def diverge(
+        self, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, targets: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Mean over both ends."""
+        own, full = (self._over_places(x, mask) for x in (answer, target))
+        return teacher_divergence(own, full, "single_label_classification").mean()
+
+    def loss_of(self, answer: torch.Tensor, targets: Mapping[str, Any]) -> Any:
+        """The stock class's."""
+        if None in (targets["start_positions"], targets["end_positions"]):
+            return None
+        return self.loss_function(*answer.unbind(-1), **targets)
+
+
+class BudgetFormerForMultipleChoice(BudgetFormerTaskModel):
+    """The stock model of choices and a narrow encoder beside it: a question is looked at again with all its choices."""
+
+    task = "MultipleChoice"
+    stock_classes = MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+    output_class = BudgetFormerMultipleChoiceOutput
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        budget: float | torch.Tensor | None = None,
+        executor: str | None = None,
+        **kwargs: Any,
+    ) -> BudgetFormerMultipleChoiceOutput:
+        """Chooses among C texts for each question.
+
+        Args:
+            input_ids: (B, C, L), int64; or else `inputs_embeds`.
+            attention_mask: (B, C, L), 1 for real tokens and 0 for padding; None: no padding.
+            token_type_ids: (B, C, L), int64.
+            position_ids: (B, C, L), int64.
+            inputs_embeds: (B, C, L, D), float.
+            labels: (B,), int64 in [0, C).
+            budget: As in [`BudgetFormerForSequenceClassification`].
+            executor: As in [`BudgetFormerForSequenceClassification`].
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
+
+        Raises:
+            ValueError: An argument's shape or value is not allowed.
+            TypeError: An argument does not exist.
+        """
+        kwargs.pop("return_dict", None)
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        found: BudgetFormerMultipleChoiceOutput = self._run(given, {"labels": labels}, None, budget, executor, kwargs)
+        return found
+
+
 __all__ = [
+    "BudgetFormerForMultipleChoice",
+    "BudgetFormerForQuestionAnswering",
     "BudgetFormerForSequenceClassification",
+    "BudgetFormerForTokenClassification",
     "BudgetFormerModel",
     "BudgetFormerPreTrainedModel",
 ]

@@ -73,7 +73,7 @@ def load_classifier(
 def check_classifier(model: Any) -> None:
     """Raises ValueError unless it is a BudgetFormer classifier."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind != "budgetformer" or not hasattr(model, "num_labels"):
+    if kind != "budgetformer" or getattr(model, "task", None) != "SequenceClassification":
         raise ValueError(
             f"model must be a BudgetFormer classifier, got {type(model).__name__}: make one with "
             "BudgetFormerForSequenceClassification.from_pretrained(checkpoint) and train it."

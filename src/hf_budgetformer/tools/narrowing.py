@@ -14,7 +14,7 @@ def _check_narrow(model: Any) -> Any:
     """The model, if it has a narrow encoder beside a full one and a head; raises ValueError."""
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
-    if kind != "budgetformer" or not hasattr(model, "num_labels") or not model.config.full_encoder:
+    if kind != "budgetformer" or not hasattr(model, "task") or not model.config.full_encoder:
         raise ValueError(
             f"model must be a BudgetFormer classifier with a full encoder, got {type(model).__name__}: make one with "
             "BudgetFormerForSequenceClassification.from_pretrained(checkpoint)."
@@ -63,15 +63,15 @@ def unit_importance(model: nn.Module, batches: Iterable[Mapping[str, torch.Tenso
     model.eval()  # without dropout
     try:
         for batch in batches:
-            if batch.get("labels") is None:
-                raise ValueError(f"batches must have labels, got one with the keys {sorted(batch)}.")
             gates.clear()
             inputs = {name: value for name, value in batch.items() if name != "teacher_logits"}
             with torch.enable_grad():
                 loss = ours(**inputs, budget=1.0, executor="masked").loss
+                if loss is None:
+                    raise ValueError(f"batches must have labels, got one with the keys {sorted(batch)}.")
                 gradients = torch.autograd.grad(loss, gates)
             # The loss is a mean over the batch.
-            found = [gradient.abs().sum(0).float() * len(batch["labels"]) for gradient in gradients]
+            found = [gradient.abs().sum(0).float() * len(gates[0]) for gradient in gradients]
             sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
     finally:
         model.train(was_training)

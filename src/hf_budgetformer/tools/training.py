@@ -45,7 +45,7 @@ def _find_model(model: nn.Module) -> Any:
 
 def _has_labels(batch: Mapping[str, torch.Tensor], config: Any) -> bool:
     """Whether the model's own loss is meant; numbers for several labels may be for a loss computed outside."""
-    labels = batch.get("labels")
+    labels = batch.get("labels", batch.get("start_positions"))
     clear = config.problem_type is not None or config.num_labels == 1
     return labels is not None and (clear or not labels.is_floating_point())
 
@@ -126,7 +126,9 @@ class BudgetCallback(TrainerCallback):
             return
         self._forget_calibration(model.config)
         begins = state.global_step == 0 and not model.is_trained()
-        if not (self.order and begins and hasattr(model, "classifier") and model.narrow.is_whole()):
+        if not (
+            self.order and begins and hasattr(model, "task") and model.config.full_encoder and model.narrow.is_whole()
+        ):
             return
         batches = _some_batches(kwargs.get("train_dataloader"), args.per_device_train_batch_size, args.device)
         if batches and all(_has_labels(batch, model.config) for batch in batches):
@@ -168,7 +170,8 @@ class BudgetCallback(TrainerCallback):
     def _calibrate(self, model: Any, loader: Any, size: int) -> None:
         config = model.config
         doubtful = config.full_encoder and has_confidence(config)
-        if loader is None or model.narrow is None or model.narrow.head is None or not doubtful:
+        classifier = getattr(model, "task", None) == "SequenceClassification"
+        if loader is None or model.narrow is None or not classifier or not doubtful:
             return
         count = _count_rows(loader)  # all rows in every process, which thus all come to the same looks
         batches = loader if count is None else _collate(loader, range(count), size)
