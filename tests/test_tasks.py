@@ -1,4 +1,4 @@
-"""Every task on every backbone: the stock model at budget 1, looks of its own, training, and folders that go both ways."""
+"""Every task on every backbone: the stock model at budget 1, its own looks, training, folders that go both ways."""
 
 from pathlib import Path
 
