@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         ratios = time_rows(read_rows(options.data, name, limits).test, options.repeats, leaving)
         found[name] = {"threads": options.threads, "environment": environment(), "ratios": ratios}
         print(name, {key: round(value, 3) for key, value in ratios.items()}, flush=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
