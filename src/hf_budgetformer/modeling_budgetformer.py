@@ -257,13 +257,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         # The loader asks the instance: stock checkpoints of any architecture then match without renaming.
         prefix = self.base_model_prefix = stock.base_model_prefix
         base = getattr(stock, prefix, stock)
-        if base is stock:
-            setattr(self, prefix, base)
-        elif config.full_encoder:
-            for name, part in stock.named_children():
-                setattr(self, name, part)
-        else:
-            setattr(self, prefix, base)
+        parts = dict(stock.named_children()) if config.full_encoder and base is not stock else {prefix: base}
+        for name, part in parts.items():
+            setattr(self, name, part)
         if not config.full_encoder:
             for name in dict(base.named_children()).keys() - {*backbone.embeddings, backbone.rotary}:
                 setattr(base, name, None)
@@ -553,10 +549,10 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         return {name: x for name, x in given.items() if x is not None and name not in skipped}
 
     def _reaches(self, embedded: Embedded) -> list[Reach]:
-        """Of each layer; none where all tokens see their whole sequence, and positions are in the embeddings."""
-        if self.backbone.rotary is None:
-            return []
+        """Of each layer."""
         config: Any = self.config
+        if self.backbone.rotary is None:
+            return [EVERYTHING] * config.num_hidden_layers
         packed = isinstance(embedded.batch, PackedBatch)
         positions: Any = embedded.positions[None] if packed else embedded.positions  # type: ignore[index]
         rotary, found = getattr(self.base_model, self.backbone.rotary), {}
@@ -571,14 +567,14 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         hidden, batch, base = embedded.hidden, embedded.batch, self.base_model
         layers, reaches = self.full_layers(), self._reaches(embedded)
         if isinstance(batch, PackedBatch):
-            for layer, reach in zip(layers, reaches or [EVERYTHING] * len(layers), strict=True):
+            for layer, reach in zip(layers, reaches, strict=True):
                 hidden = layer(hidden, sequences=batch.sequences, reach=reach)
         else:
             config: Any = base.config
             make = {"config": config, "inputs_embeds": hidden, "attention_mask": batch.mask}
             everything = create_bidirectional_mask(**make)
-            near = create_bidirectional_sliding_window_mask(**make) if reaches else None
-            for layer, reach in zip(layers, reaches or [EVERYTHING] * len(layers), strict=True):
+            near = create_bidirectional_sliding_window_mask(**make) if self.backbone.rotary else None
+            for layer, reach in zip(layers, reaches, strict=True):
                 turned = {} if reach.rotary is None else {"position_embeddings": reach.rotary}
                 hidden = layer(hidden, attention_mask=everything if reach.window is None else near, **turned)
         norm = self.backbone.final_norm
@@ -747,7 +743,7 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
     """A stock model of a task, unchanged, and a narrow encoder that answers for it where it is sure of its answer.
 
     The stock modules and their parameters keep their names, so that checkpoints go both ways; ours are `narrow.*`.
-    A task is what follows here, and a signature of `forward`.
+    A task is what follows here; and a `forward` of its own where its labels are called otherwise.
     """
 
     task: ClassVar[str] = "SequenceClassification"
@@ -758,6 +754,44 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__(config)
         self.num_labels: Any = config.num_labels  # typed as optional upstream
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        budget: float | torch.Tensor | None = None,
+        executor: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Answers a batch.
+
+        Args:
+            input_ids: (B, L), of choices (B, C, L), int64, as all that follow; or else `inputs_embeds`.
+            attention_mask: 1 for real tokens and 0 for padding; None: no padding.
+            token_type_ids: As `input_ids`.
+            position_ids: As `input_ids`.
+            inputs_embeds: As `input_ids` and (..., D), float.
+            labels: As in the stock class: of tokens (B, L), int64 in [0, num_labels), or -100 to be ignored; of choices
+                (B,), int64 in [0, C).
+            budget: As in [`BudgetFormerForSequenceClassification`].
+            executor: As in [`BudgetFormerForSequenceClassification`].
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
+
+        Raises:
+            ValueError: An argument's shape or value is not allowed.
+            TypeError: An argument does not exist.
+        """
+        kwargs.pop("return_dict", None)
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        return self._run(given, {"labels": labels}, None, budget, executor, kwargs)
 
     def reads_all(self) -> bool:
         """Whether the head reads all tokens, rather than the first."""
@@ -1100,44 +1134,6 @@ class BudgetFormerForTokenClassification(BudgetFormerTaskModel):
     stock_classes = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
     output_class = BudgetFormerTokenClassifierOutput
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        budget: float | torch.Tensor | None = None,
-        executor: str | None = None,
-        **kwargs: Any,
-    ) -> BudgetFormerTokenClassifierOutput:
-        """Labels every token of a batch.
-
-        Args:
-            input_ids: (B, L), int64; or else `inputs_embeds`.
-            attention_mask: (B, L), 1 for real tokens and 0 for padding; None: no padding.
-            token_type_ids: (B, L), int64.
-            position_ids: (B, L), int64.
-            inputs_embeds: (B, L, D), float.
-            labels: (B, L), int64 in [0, num_labels), or -100 to be ignored.
-            budget: As in [`BudgetFormerForSequenceClassification`].
-            executor: As in [`BudgetFormerForSequenceClassification`].
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
-
-        Raises:
-            ValueError: An argument's shape or value is not allowed.
-            TypeError: An argument does not exist.
-        """
-        kwargs.pop("return_dict", None)
-        given = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        }  # fmt: skip
-        found: BudgetFormerTokenClassifierOutput = self._run(given, {"labels": labels}, None, budget, executor, kwargs)
-        return found
-
     def reads_all(self) -> bool:
         """It does."""
         return True
@@ -1243,44 +1239,6 @@ class BudgetFormerForMultipleChoice(BudgetFormerTaskModel):
     task = "MultipleChoice"
     stock_classes = MODEL_FOR_MULTIPLE_CHOICE_MAPPING
     output_class = BudgetFormerMultipleChoiceOutput
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        budget: float | torch.Tensor | None = None,
-        executor: str | None = None,
-        **kwargs: Any,
-    ) -> BudgetFormerMultipleChoiceOutput:
-        """Chooses among C texts for each question.
-
-        Args:
-            input_ids: (B, C, L), int64; or else `inputs_embeds`.
-            attention_mask: (B, C, L), 1 for real tokens and 0 for padding; None: no padding.
-            token_type_ids: (B, C, L), int64.
-            position_ids: (B, C, L), int64.
-            inputs_embeds: (B, C, L, D), float.
-            labels: (B,), int64 in [0, C).
-            budget: As in [`BudgetFormerForSequenceClassification`].
-            executor: As in [`BudgetFormerForSequenceClassification`].
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, as in the stock classes.
-
-        Raises:
-            ValueError: An argument's shape or value is not allowed.
-            TypeError: An argument does not exist.
-        """
-        kwargs.pop("return_dict", None)
-        given = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        }  # fmt: skip
-        found: BudgetFormerMultipleChoiceOutput = self._run(given, {"labels": labels}, None, budget, executor, kwargs)
-        return found
 
 
 __all__ = [
