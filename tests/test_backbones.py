@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -206,6 +207,30 @@ def test_flops_are_counted_right(kind, pair):
         for encode in (lambda x: model.encode_narrow(x, look), model.encode_full)
     )
     assert narrow / full == pytest.approx(look.cost, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("encoder", ["narrow", "full"])
+def test_the_last_layer_run_for_first_positions_alone_is_the_whole_one_there(kind, side, encoder, pair):
+    """Outputs and gradients; and it is cheaper."""
+    _, model = pair
+    if kind == "modernbert":  # local attention in the last layer too
+        model.config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    look = OpeningOrder(model.config).look(0.4)
+    encode = model.encode_full if encoder == "full" else partial(model.encode_narrow, look=look)
+    results = {}
+    for first in (False, True):
+        embedded = model.embed(tiny_batch(kind, side=side))
+        embedded.hidden = embedded.hidden.detach().requires_grad_()
+        hidden = encode(embedded, first=first)
+        read = embedded.batch.unsort(hidden) if first else embedded.batch.first(hidden)
+        (gradient,) = torch.autograd.grad(read.square().sum(), embedded.hidden)
+        flops = count_flops(lambda embedded=embedded, first=first: encode(embedded, first=first))
+        results[first] = (read, gradient, flops)
+    for index in range(2):
+        torch.testing.assert_close(results[True][index], results[False][index], rtol=1e-4, atol=1e-5)
+    assert results[True][2] < 0.9 * results[False][2]
 
 
 @pytest.mark.parametrize("length", [9, BAND_QUERIES + 1, 3 * BAND_QUERIES - 5, 5 * BAND_QUERIES])

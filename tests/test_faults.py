@@ -164,7 +164,8 @@ def test_an_example_that_forgets_no_grad_spares_what_it_says(backbone_type):
         assert outputs.budget.max() <= 0.25
         with torch.no_grad():
             assert count_flops(model, batch, **arguments)[0] == spent
-    assert count_flops(model, batch, budget=1.0)[0] == pytest.approx(whole, rel=0.01)
+    # Of the last layer only what the head reads.
+    assert 0.7 * whole < count_flops(model, batch, budget=1.0)[0] < whole
 
 
 def test_a_width_that_heads_do_not_divide_is_refused_when_the_model_is_built(backbone_type):

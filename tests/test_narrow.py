@@ -120,7 +120,7 @@ def test_feed_forward_in_chunks_equals_all_at_once(monkeypatch):
     layer, hidden = narrow_layer("norm_after"), torch.randn(50, 16)
     batch = find_packing(None, (5, 10), hidden.device)
     expected = layer(hidden, batch.layout, 2, 12)
-    monkeypatch.setattr("hf_budgetformer.narrow.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("hf_budgetformer.attention.CHUNK_VALUES", 7 * 12)
     torch.testing.assert_close(layer(hidden, batch.layout, 2, 12), expected)
 
 

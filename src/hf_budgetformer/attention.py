@@ -1,7 +1,7 @@
 """Attention among the tokens of each sequence of a packed batch, and stock layers on such batches."""
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .backbones import BACKBONES, Backbone
-from .packing import Sequences, find_runs
+from .packing import Sequences, find_runs, first_tokens
 
 
 try:
@@ -17,9 +17,9 @@ try:
 except ImportError:
     varlen_attn = None  # type: ignore[assignment]
 
-# Tokens the feed-forward layers take at a time at inference, so that what lies between the two stays in the cache: 5 to
-# 10% faster on a CPU than all at once, and less memory.
-CHUNK_TOKENS = 1024
+# Values between the two products of a feed-forward part at a time at inference, so that they stay in the cache: 5 to
+# 10% faster on a CPU than all tokens at once, and less memory. Where few neurons are open, all tokens fit.
+CHUNK_VALUES = 1024 * 1536
 # Queries that share a band of keys where attention is local.
 BAND_QUERIES = 128
 
@@ -42,17 +42,34 @@ class Reach(NamedTuple):
 EVERYTHING = Reach()
 
 
-def turn(parts: Sequence[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor] | None) -> Sequence[torch.Tensor]:
+def pick_first(tokens: torch.Tensor, layout: Sequences | torch.Tensor | None) -> torch.Tensor:
+    """Values at the first positions of a batch's inputs.
+
+    Args:
+        tokens: (T, ...) of a packed batch, or (1 or B, L, ...) of a padded one.
+        layout: The packed batch's sequences; or a padded one's mask, or None.
+
+    Returns:
+        (B, ...) in packed order, or (1 or B, 1, ...).
+    """
+    if isinstance(layout, Sequences):
+        return tokens.index_select(0, first_tokens(layout, tokens.device))
+    return tokens[:, :1]
+
+
+def turn(
+    parts: Sequence[torch.Tensor], layout: Sequences | torch.Tensor | None, reach: Reach, first: bool
+) -> Sequence[torch.Tensor]:
     """Rotates query and key by their positions, value not; each (..., h, d), in float32 as upstream.
 
     Method: Su et al. 2021 (arXiv 2104.09864).
     """
-    if rotary is None:
+    if reach.rotary is None:
         return parts
-    cos, sin = (x.unsqueeze(-2) for x in rotary)
     query, key, value = parts
     turned = []
-    for given in (query, key):
+    for given, asks in ((query, first), (key, False)):
+        cos, sin = ((pick_first(x, layout) if asks else x).unsqueeze(-2) for x in reach.rotary)
         x = given.float()
         first, second = x.chunk(2, dim=-1)
         turned.append((x * cos + torch.cat((-second, first), dim=-1) * sin).to(given.dtype))
@@ -72,7 +89,11 @@ def _flash_serves(query: torch.Tensor) -> bool:
 
 
 def attend_packed(
-    parts: Sequence[torch.Tensor], sequences: Sequences, dropout: float = 0.0, reach: Reach = EVERYTHING
+    parts: Sequence[torch.Tensor],
+    sequences: Sequences,
+    dropout: float = 0.0,
+    reach: Reach = EVERYTHING,
+    first: bool = False,
 ) -> torch.Tensor:
     """Attention core within each of the sequences that lie one after the other.
 
@@ -83,31 +104,50 @@ def attend_packed(
         sequences: Their lengths, together T.
         dropout: Of the attention weights.
         reach: Of the layer.
+        first: Whether only the first token of each sequence asks: the query is (B, h, d) then.
 
     Returns:
-        (T, h * d).
+        (T, h * d), or (B, h * d).
     """
-    parts = turn(parts, reach.rotary)
+    parts = turn(parts, sequences, reach, first)
     lengths, padded_first, bounds = sequences
-    if bounds is not None and not (dropout or padded_first) and _flash_serves(parts[0]):
-        bounds, longest = bounds.to(parts[0].device), max(lengths)
-        query, key, value = (x.contiguous() for x in parts)
-        near = -1 if reach.window is None else reach.window
-        context: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(near, near))
-        return context.flatten(-2)
+    # A window is counted from the end of a sequence there, which is where a lone query would be taken to stand.
+    in_place = not (first and reach.window is not None)
+    if bounds is not None and in_place and not (dropout or padded_first) and _flash_serves(parts[0]):
+        return _attend_varlen(parts, sequences, reach, first)
     whole = len(lengths) - padded_first
     runs = [(*run, 0) for run in find_runs(lengths[:whole])] + [(*run, 1) for run in find_runs(lengths[whole:])]
-    contexts, start = [], 0
+    contexts = []
+    sequence = token = 0
     for count, length, skipped in runs:
-        stop = start + count * length
-        q, k, v = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in parts)
+        places = slice(token, token + count * length)
+        asking, asked = (slice(sequence, sequence + count), 1) if first else (places, length)
+        q = parts[0][asking].unflatten(0, (count, asked)).transpose(1, 2)  # (count, h, asked, d)
+        k, v = (x[places].unflatten(0, (count, length)).transpose(1, 2) for x in parts[1:])
         if reach.window is None or length <= reach.window + 1:
             part = F.scaled_dot_product_attention(q, k[:, :, skipped:], v[:, :, skipped:], dropout_p=dropout)
+        elif first:
+            seen = slice(skipped, reach.window + 1)
+            part = F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], dropout_p=dropout)
         else:
             part = attend_band(q, k, v, reach.window, skipped, dropout)
-        contexts.append(part.transpose(1, 2).reshape(count * length, -1))  # (count * length, h * d)
-        start = stop
+        contexts.append(part.transpose(1, 2).reshape(count * asked, -1))  # (count * asked, h * d)
+        sequence += count
+        token += count * length
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+
+def _attend_varlen(parts: Sequence[torch.Tensor], sequences: Sequences, reach: Reach, first: bool) -> torch.Tensor:
+    """All sequences in one call."""
+    query, key, value = (x.contiguous() for x in parts)
+    bounds: Any = sequences.bounds
+    bounds, longest = bounds.to(query.device), max(sequences.lengths)
+    asking, asked = bounds, longest
+    if first:
+        asking, asked = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device), 1
+    near = -1 if reach.window is None else reach.window
+    context: Any = varlen_attn(query, key, value, asking, bounds, asked, longest, window_size=(near, near))
+    return context.flatten(-2)
 
 
 def attend_band(
@@ -154,25 +194,43 @@ def attend_band(
     return context[:, :, :length]
 
 
-def attend_padded(parts: Sequence[torch.Tensor], mask: torch.Tensor | None, reach: Reach = EVERYTHING) -> torch.Tensor:
-    """The same of a padded batch: query, key and value (B, L, h, d), and a mask (B, L) -> (B, L, h * d)."""
-    q, k, v = (x.transpose(1, 2) for x in turn(parts, reach.rotary))  # (B, h, L, d)
-    length = q.shape[2]
-    allowed = None if mask is None else (mask != 0)[:, None, None, :].expand(-1, 1, length, -1)
+def attend_padded(
+    parts: Sequence[torch.Tensor], mask: torch.Tensor | None, reach: Reach = EVERYTHING, first: bool = False
+) -> torch.Tensor:
+    """The same of a padded batch.
+
+    Args:
+        parts: Query, key and value, each (B, L, h, d).
+        mask: (B, L), nonzero for real tokens; None: no padding.
+        reach: Of the layer.
+        first: Whether only the first position asks: the query is (B, 1, h, d) then.
+
+    Returns:
+        As the query, (B, L or 1, h * d).
+    """
+    q, k, v = (x.transpose(1, 2) for x in turn(parts, mask, reach, first))  # (B, h, L, d)
+    asked, length = q.shape[2], k.shape[2]
+    allowed = None if mask is None else (mask != 0)[:, None, None, :].expand(-1, 1, asked, -1)
     if reach.window is not None and length > reach.window + 1:
         places = torch.arange(length, device=q.device)
-        near = (places[:, None] - places).abs() <= reach.window
+        near = (places[:asked, None] - places).abs() <= reach.window
         allowed = near if allowed is None else allowed & near
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(-2)
 
 
-def project_heads(layer: Any, backbone: Backbone, hidden: torch.Tensor, heads: int) -> Sequence[torch.Tensor]:
-    """Query, key and value of a stock layer: (..., D) -> (..., H, d) each."""
+def project_heads(
+    layer: Any, backbone: Backbone, hidden: torch.Tensor, heads: int, asking: torch.Tensor | None = None
+) -> Sequence[torch.Tensor]:
+    """Query, key and value of a stock layer: (T, D) -> (T, H, d) each; the query of `asking` (B, D) alone, if given."""
     names = backbone.names
     if names.query == names.key:
-        fused: torch.Tensor = names.of(layer, "query")(hidden)
-        return fused.unflatten(-1, (3, heads, -1)).unbind(-3)
-    return [names.of(layer, part)(hidden).unflatten(-1, (heads, -1)) for part in ("query", "key", "value")]
+        fused = names.of(layer, "query")
+        query, key, value = fused(hidden).unflatten(-1, (3, heads, -1)).unbind(-3)
+        if asking is not None:
+            query = fused(asking).unflatten(-1, (3, heads, -1)).select(-3, 0)
+        return query, key, value
+    read = {"query": hidden if asking is None else asking, "key": hidden, "value": hidden}
+    return [names.of(layer, part)(x).unflatten(-1, (heads, -1)) for part, x in read.items()]
 
 
 def _drop(layer: Any, names: Any, part: str, hidden: torch.Tensor) -> torch.Tensor:
@@ -180,11 +238,20 @@ def _drop(layer: Any, names: Any, part: str, hidden: torch.Tensor) -> torch.Tens
     return hidden if dropout is None or not layer.training else dropout(hidden)
 
 
+def run_in_chunks(
+    feed_forward: Callable[[torch.Tensor], torch.Tensor], attended: torch.Tensor, neurons: int
+) -> torch.Tensor:
+    """A feed-forward part of so many neurons, (T, D) -> (T, D), some tokens at a time where no gradient is needed."""
+    tokens = CHUNK_VALUES // max(1, neurons)
+    if torch.is_grad_enabled() or len(attended) <= tokens:
+        return feed_forward(attended)
+    return torch.cat([feed_forward(chunk) for chunk in attended.split(tokens)])
+
+
 def feed_forward_packed(layer: Any, backbone: Backbone, attended: torch.Tensor) -> torch.Tensor:
-    """Feed-forward part of a stock layer, (T, D) -> (T, D), some tokens at a time where no gradient is needed."""
-    if torch.is_grad_enabled() or len(attended) <= CHUNK_TOKENS:
-        return _feed_forward(layer, backbone, attended)
-    return torch.cat([_feed_forward(layer, backbone, chunk) for chunk in attended.split(CHUNK_TOKENS)])
+    """Feed-forward part of a stock layer, (T, D) -> (T, D)."""
+    neurons = backbone.names.of(layer, "up").out_features
+    return run_in_chunks(partial(_feed_forward, layer, backbone), attended, neurons)
 
 
 def _feed_forward(layer: Any, backbone: Backbone, attended: torch.Tensor) -> torch.Tensor:
@@ -201,14 +268,23 @@ def _feed_forward(layer: Any, backbone: Backbone, attended: torch.Tensor) -> tor
 
 
 def run_packed(
-    layer: Any, backbone: Backbone, hidden: torch.Tensor, sequences: Sequences, reach: Reach, heads: int
+    layer: Any,
+    backbone: Backbone,
+    hidden: torch.Tensor,
+    sequences: Sequences,
+    reach: Reach,
+    heads: int,
+    first: bool = False,
 ) -> torch.Tensor:
-    """A stock layer on a packed batch: (T, D) -> (T, D)."""
+    """A stock layer on a packed batch: (T, D) -> (T, D), or of the first token of each sequence alone, (B, D)."""
     names, norm = backbone.names, backbone.names.of(layer, "attention_norm")
-    parts = project_heads(layer, backbone, norm(hidden) if backbone.norm_first else hidden, heads)
+    read = norm(hidden) if backbone.norm_first else hidden
+    asking = pick_first(read, sequences) if first else None
+    parts = project_heads(layer, backbone, read, heads, asking)
     dropout = names.of(layer, "attention_dropout")
     share = getattr(dropout, "p", dropout) if layer.training else 0.0
-    context = attend_packed(parts, sequences, share, reach)
+    context = attend_packed(parts, sequences, share, reach, first)
+    hidden = pick_first(hidden, sequences) if first else hidden
     attended = _drop(layer, names, "output_dropout", names.of(layer, "attention_output")(context)) + hidden
     return feed_forward_packed(layer, backbone, attended if backbone.norm_first else norm(attended))
 

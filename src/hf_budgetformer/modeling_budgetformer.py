@@ -562,13 +562,20 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             found[kind] = Reach((cos, sin), config.local_attention // 2 if kind == "sliding_attention" else None)
         return [found[kind] for kind in config.layer_types]
 
-    def encode_full(self, embedded: Embedded) -> torch.Tensor:
-        """Hidden states of the full encoder, as they lie."""
+    def encode_full(self, embedded: Embedded, first: bool = False) -> torch.Tensor:
+        """Hidden states of the full encoder, as they lie.
+
+        Args:
+            embedded: The batch.
+            first: Whether only the first position of each input is needed. A packed batch's last layer then runs for
+                these alone, and they come in packed order, (B, D); a padded one goes the stock way.
+        """
         hidden, batch, base = embedded.hidden, embedded.batch, self.base_model
         layers, reaches = self.full_layers(), self._reaches(embedded)
         if isinstance(batch, PackedBatch):
             for layer, reach in zip(layers, reaches, strict=True):
-                hidden = layer(hidden, sequences=batch.sequences, reach=reach)
+                last = first and layer is layers[-1]
+                hidden = layer(hidden, sequences=batch.sequences, reach=reach, first=last)
         else:
             config: Any = base.config
             make = {"config": config, "inputs_embeds": hidden, "attention_mask": batch.mask}
@@ -580,11 +587,19 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         norm = self.backbone.final_norm
         return hidden if norm is None else getattr(base, norm)(hidden)
 
-    def encode_narrow(self, embedded: Embedded, look: Look) -> torch.Tensor:
-        """Hidden states of the narrow encoder, as they lie."""
+    def encode_narrow(self, embedded: Embedded, look: Look, first: bool = False) -> torch.Tensor:
+        """Hidden states of the narrow encoder, as they lie.
+
+        Args:
+            embedded: The batch.
+            look: What is open.
+            first: Whether only the first position of each input is needed. The last layer then runs for these alone,
+                unless closed units are masked: (B, D) in packed order, or (B, 1, D).
+        """
         narrow: Any = self.narrow
+        first = first and not embedded.masked
         hidden: torch.Tensor = narrow(
-            embedded.hidden, embedded.batch, look.counts, embedded.masked, self._reaches(embedded)
+            embedded.hidden, embedded.batch, look.counts, embedded.masked, self._reaches(embedded), first
         )
         return hidden
 
@@ -869,11 +884,18 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
         narrow: bool = False,
         targets: Mapping[str, Any] | None = None,
     ) -> Any:
-        """What the stock head, or the narrow encoder's copy of it, says of hidden states: the stock class's output."""
+        """What the stock head, or the narrow encoder's copy of it, says of hidden states: the stock class's output.
+
+        Args:
+            embedded: The batch.
+            hidden: Of its tokens, or of first positions alone where the head reads no others, as encoders leave them.
+            narrow: Whether they are the narrow encoder's.
+            targets: Labels, by the stock class's names.
+        """
         own: Any = self.narrow
-        first = embedded.batch.first(hidden)[:, None]  # (B, 1, D)
-        pooler = own.pooler if narrow else getattr(self.base_model, "pooler", None)
         reads_all = self.reads_all()
+        first = (embedded.batch.first(hidden) if reads_all else embedded.batch.unsort(hidden))[:, None]  # (B, 1, D)
+        pooler = own.pooler if narrow else getattr(self.base_model, "pooler", None)
         outputs = BaseModelOutputWithPooling(
             last_hidden_state=embedded.batch.pad(hidden) if reads_all else first,
             pooler_output=None if pooler is None else pooler(first),
@@ -887,7 +909,8 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
     def _answer(self, embedded: Embedded, look: Look) -> torch.Tensor:
         """Answers (b, ...) of one look."""
         narrow = look.counts is not None
-        hidden = self.encode_narrow(embedded, look) if narrow else self.encode_full(embedded)
+        first = not self.reads_all()
+        hidden = self.encode_narrow(embedded, look, first) if narrow else self.encode_full(embedded, first)
         return self._unite(self.read_answer(embedded, hidden, narrow))
 
     def _look(
@@ -947,7 +970,8 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
             if recordings:
                 found: Any = self._record(given, targets, recordings)
             else:
-                found = self.read_answer(embedded, self.encode_full(embedded), targets=targets)
+                hidden = self.encode_full(embedded, first=not self.reads_all())
+                found = self.read_answer(embedded, hidden, targets=targets)
             full, loss, states, attentions = self._unite(found), found.loss, found.hidden_states, found.attentions
             target = full.detach()
         if budget is not None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from .attention import CHUNK_TOKENS, EVERYTHING, Reach, attend_packed, attend_padded
+from .attention import EVERYTHING, Reach, attend_packed, attend_padded, pick_first, run_in_chunks
 from .backbones import BACKBONES, Backbone, LayerNames
 from .budgets import TRAINED_SHARES, Counts, Look, OpeningOrder
 from .packing import PackedBatch, PaddedBatch, Sequences
@@ -119,6 +119,7 @@ class NarrowLayer(nn.Module):
         neurons: int,
         masked: bool = False,
         reach: Reach = EVERYTHING,
+        first: bool = False,
     ) -> torch.Tensor:
         """Runs the first units.
 
@@ -129,28 +130,54 @@ class NarrowLayer(nn.Module):
             neurons: How many run.
             masked: Whether to compute all units and multiply closed ones by zero.
             reach: Where the tokens are, and how far they see.
+            first: Whether to answer for the first position of each input alone, (B, D) in packed order or (B, 1, D).
         """
         read = self.attention_norm(hidden) if self.norm_first else hidden
-        attended = _add(self._attend(read, layout, heads, masked, reach), hidden)
+        context = self._attend(read, layout, heads, masked, reach, first)
+        attended = _add(context, pick_first(hidden, layout) if first else hidden)
         if not self.norm_first:
             attended = self.attention_norm(attended)
-        if hidden.dim() == 3 or torch.is_grad_enabled() or len(hidden) <= CHUNK_TOKENS:
+        if hidden.dim() == 3:
             return self._feed_forward(attended, neurons, masked)
-        return torch.cat([self._feed_forward(chunk, neurons, masked) for chunk in attended.split(CHUNK_TOKENS)])
+        return run_in_chunks(lambda chunk: self._feed_forward(chunk, neurons, masked), attended, neurons)
 
     def _attend(
-        self, hidden: torch.Tensor, layout: Sequences | torch.Tensor | None, heads: int, masked: bool, reach: Reach
+        self,
+        hidden: torch.Tensor,
+        layout: Sequences | torch.Tensor | None,
+        heads: int,
+        masked: bool,
+        reach: Reach,
+        first: bool,
     ) -> torch.Tensor:
         computed = self.heads if masked else heads
         if not computed:
-            return from_first_inputs(self.attention_output, self._open(self.qkv, hidden, 0))
-        stacked = first_outputs(self.qkv, hidden, computed * 3 * self.size)
-        parts = stacked.unflatten(-1, (computed, 3, self.size)).unbind(-2)  # each (..., h, d)
+            asking = pick_first(hidden, layout) if first else hidden
+            return from_first_inputs(self.attention_output, self._open(self.qkv, asking, 0))
+        asking = pick_first(hidden, layout) if first else None
+        parts = self._project(hidden, computed, asking)
         if isinstance(layout, Sequences):
-            context = attend_packed(parts, layout, reach=reach)
+            context = attend_packed(parts, layout, reach=reach, first=first)
         else:
-            context = attend_padded(parts, layout, reach)
+            context = attend_padded(parts, layout, reach, first)
         return from_first_inputs(self.attention_output, self._close(context, heads * self.size, masked))
+
+    def _project(self, hidden: torch.Tensor, heads: int, asking: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        """Query, key and value of the first heads, each (..., h, d); the query of `asking` (..., D) alone, if given."""
+        rows = heads * 3 * self.size
+        if asking is None:
+            stacked = first_outputs(self.qkv, hidden, rows)
+            return stacked.unflatten(-1, (heads, 3, self.size)).unbind(-2)
+        if not is_plain(self.qkv):
+            query = self._project(asking, heads, None)[0]
+            return query, *self._project(hidden, heads, None)[1:]
+        weight = self.qkv.weight[:rows].unflatten(0, (heads, 3, self.size))
+        bias = None if self.qkv.bias is None else self.qkv.bias[:rows].unflatten(0, (heads, 3, self.size))
+        # Copies of a few rows, which cost less than the queries that nobody asks for.
+        query = F.linear(asking, weight[:, 0].flatten(0, 1), None if bias is None else bias[:, 0].flatten())
+        pairs = F.linear(hidden, weight[:, 1:].flatten(0, 2), None if bias is None else bias[:, 1:].flatten())
+        key, value = pairs.unflatten(-1, (heads, 2, self.size)).unbind(-2)
+        return query.unflatten(-1, (heads, self.size)), key, value
 
     def _feed_forward(self, attended: torch.Tensor, neurons: int, masked: bool) -> torch.Tensor:
         read = self.feed_forward_norm(attended) if self.norm_first else attended
@@ -218,6 +245,7 @@ class NarrowEncoder(nn.Module):
         counts: Counts,
         masked: bool = False,
         reaches: Sequence[Reach] = (),
+        first: bool = False,
     ) -> torch.Tensor:
         """Encodes a batch with the first units of each layer.
 
@@ -227,13 +255,15 @@ class NarrowEncoder(nn.Module):
             counts: Units to open.
             masked: Whether to compute all units and multiply closed ones by zero.
             reaches: Of each layer; none: every token sees its whole sequence.
+            first: Whether only the first position of each input is needed: the last layer then runs for it alone.
 
         Returns:
-            As `hidden`.
+            As `hidden`; of first positions (B, D) in packed order, or (B, 1, D).
         """
         every = reaches or [EVERYTHING] * len(self.layer)
-        for layer, heads, neurons, reach in zip(self.layer, counts.heads, counts.neurons, every, strict=True):
-            hidden = layer(hidden, batch.layout, heads, neurons, masked, reach)
+        for index, (layer, reach) in enumerate(zip(self.layer, every, strict=True)):
+            last = first and index == len(self.layer) - 1
+            hidden = layer(hidden, batch.layout, counts.heads[index], counts.neurons[index], masked, reach, last)
         return hidden if self.norm is None else self.norm(hidden)
 
     def head_parts(self) -> dict[str, nn.Module]:

@@ -25,6 +25,13 @@ class Sequences(NamedTuple):
     bounds: torch.Tensor | None = None
 
 
+def first_tokens(sequences: Sequences, device: torch.device) -> torch.Tensor:
+    """Where each sequence of a packed batch begins, (B,) int64."""
+    if sequences.bounds is not None:
+        return sequences.bounds[:-1].to(device, torch.int64)
+    return torch.tensor([0, *accumulate(sequences.lengths[:-1])], device=device)
+
+
 def find_runs(lengths: Iterable[int]) -> list[tuple[int, int]]:
     """(sequences, length) of each stretch of neighbours of one length."""
     return [(len(list(same)), length) for length, same in groupby(lengths)]
@@ -48,6 +55,10 @@ class PaddedBatch:
     def first(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states of the first position of each input: (B, L, D) -> (B, D)."""
         return hidden[:, 0]
+
+    def unsort(self, rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states of first positions as a layer left them, (B, 1, D) -> (B, D)."""
+        return rows[:, 0]
 
     def select(self, hidden: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, "PaddedBatch"]:
         """The inputs `rows` (b,) int64 alone."""
@@ -114,8 +125,7 @@ class PackedBatch:
         """Hidden states of the first position of each input: (T, D) -> (B, D), in the batch's own order."""
         if self.indices is None:
             return hidden[:: self.shape[1]]
-        starts = [0, *accumulate(self.sequences.lengths[:-1])]
-        return self.unsort(hidden[torch.tensor(starts, device=hidden.device)])
+        return self.unsort(hidden[first_tokens(self.sequences, hidden.device)])
 
     def select(self, hidden: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, "PackedBatch"]:
         """The inputs `rows` (b,) int64, distinct, alone; the new batch has them in that order."""
