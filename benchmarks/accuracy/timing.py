@@ -89,9 +89,10 @@ def exit_early(model: Any, heads: nn.ModuleList, batch: dict[str, torch.Tensor],
     hidden, packed, places = embedded.hidden, embedded.batch, np.arange(len(left))
     layers = model.full_layers()
     for number, layer in enumerate(layers, 1):
-        hidden = layer(hidden, sequences=packed.sequences, reach=EVERYTHING)
-        if number == len(layers):
-            model.classifier(base.pooler(packed.first(hidden)[:, None]))
+        last = number == len(layers)
+        hidden = layer(hidden, sequences=packed.sequences, reach=EVERYTHING, first=last)
+        if last:
+            model.classifier(base.pooler(packed.unsort(hidden)[:, None]))
             return
         states = packed.pad(hidden)
         heads[number - 1](torch.cat([packed.first(hidden), states.mean(1)], -1)).softmax(-1)

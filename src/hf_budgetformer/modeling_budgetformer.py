@@ -723,7 +723,11 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         if not recordings:
             return self._output(embedded, self.encode_full(embedded), getattr(base, "pooler", None), 1.0)
         found = base(**self.stock_inputs(given), **recordings)
-        return BudgetFormerModelOutput(**found, budget=found[0].new_ones(embedded.rows, dtype=torch.float32))
+        names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+        return BudgetFormerModelOutput(
+            **{name: found[name] for name in names if name in found},  # BERT's cross attentions are empty
+            budget=found[0].new_ones(embedded.rows, dtype=torch.float32),
+        )
 
     def _train(
         self, embedded: Embedded, look: Look | None, given: dict[str, Any], kwargs: dict[str, Any]
