@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 from measure import ROOT
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_budgetformer import BudgetFormerConfig, BudgetFormerForSequenceClassification
@@ -90,8 +84,9 @@ def tokenize(texts: list[Any], max_length: int) -> list[list[int]]:
 def build_models(settings: dict[str, Any]) -> tuple[Any, Any]:
     """The stock classifier, and ours with the same weights and a narrow encoder that was born from it."""
     torch.manual_seed(settings["seed"])
-    if isinstance(settings["model"], dict):
-        stock: Any = BertForSequenceClassification(BertConfig(**settings["model"]))
+    if isinstance(settings["model"], dict):  # a shape, with random weights
+        shape = {"model_type": "bert", **settings["model"]}
+        stock: Any = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**shape))
     else:
         source = minilm() if settings["model"] == "minilm" else settings["model"]
         stock = AutoModelForSequenceClassification.from_pretrained(source)

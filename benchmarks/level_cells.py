@@ -1,4 +1,4 @@
-"""The worst cell: ours against the stock model on every size of batch and length, inputs of full length."""
+"""Cells: ours against the stock model on every size of batch and length, inputs of full length; and ragged batches."""
 
 import argparse
 from typing import Any
@@ -13,16 +13,24 @@ SETTINGS: dict[str, Any] = {
     "narrow_budget": 0.25,
     "batch_sizes": [1, 2, 4, 8, 16, 32, 64],
     "lengths": [8, 32, 128, 512],
+    "ragged": [],  # batches beside those, each the lengths of its inputs
     "budgets": [1.0, 0.25, 1 / 12],
     "cell_seconds": 3.0,  # for the rounds of a cell, of which there are `repeats` at most
 }
 
 
-def make_batch(config: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random tokens, without padding."""
+def make_batch(config: Any, lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Random tokens of inputs of such lengths, padded on the right."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(config.vocab_size, mask.shape, generator=generator)
+    return {"input_ids": ids.masked_fill(mask == 0, config.pad_token_id), "attention_mask": mask}
+
+
+def list_cells(settings: dict[str, Any]) -> list[list[int]]:
+    """Lengths of the inputs of each batch."""
+    even = [[length] * rows for rows in settings["batch_sizes"] for length in settings["lengths"]]
+    return even + settings["ragged"]
 
 
 def check_cell(stock: Any, ours: Any, batch: dict[str, torch.Tensor], budgets: list[float], found: Agreement) -> None:
@@ -42,25 +50,27 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     for threads in settings["threads"]:
         torch.set_num_threads(threads)
         cells = []
-        for rows in settings["batch_sizes"]:
-            for length in settings["lengths"]:
-                batch = make_batch(stock.config, rows, length)
-                with torch.inference_mode():
-                    check_cell(stock, ours, batch, settings["budgets"], agreement)
-                    runs = {"stock": stopwatch(lambda batch=batch: stock(**batch))}
-                    for budget in settings["budgets"]:
-                        runs[f"{budget:.4g}"] = stopwatch(lambda x=batch, budget=budget: ours(**x, budget=budget))
-                    times = interleave(runs, settings["repeats"], settings["cell_seconds"])
+        for lengths in list_cells(settings):
+            batch = make_batch(stock.config, lengths)
+            with torch.inference_mode():
+                check_cell(stock, ours, batch, settings["budgets"], agreement)
+                runs = {"stock": stopwatch(lambda batch=batch: stock(**batch))}
                 for budget in settings["budgets"]:
-                    cell = {
-                        "batch": rows,
-                        "length": length,
-                        "budget": budget,
-                        "rounds": len(times["stock"]),
-                        "stock_seconds": spread(times["stock"]),
-                        "ratio": ratio(times, f"{budget:.4g}", "stock"),
-                    }
-                    cells.append(cell)
+                    runs[f"{budget:.4g}"] = stopwatch(lambda x=batch, budget=budget: ours(**x, budget=budget))
+                times = interleave(runs, settings["repeats"], settings["cell_seconds"])
+            for budget in settings["budgets"]:
+                name = f"{budget:.4g}"
+                cell = {
+                    "batch": len(lengths),
+                    "length": max(lengths),
+                    "tokens": sum(lengths),
+                    "budget": budget,
+                    "rounds": len(times["stock"]),
+                    "stock_seconds": spread(times["stock"]),
+                    "ratio": ratio(times, name, "stock"),
+                    "ratio_to_all_open": ratio(times, name, "1") if "1" in times else None,
+                }
+                cells.append(cell)
         worst = min(cells, key=lambda cell: cell["ratio"]["median"])
         figures[str(threads)] = {"cells": cells, "worst": worst}
     return {"agreement": agreement.to_dict(), "data": [], "figures": figures}

@@ -120,21 +120,24 @@ def rival_table(found: dict[str, Any], rivals: list[str]) -> str:
 
 
 def cells_section(result: dict[str, Any]) -> str:
-    """One row for each batch size and length, one column for each budget; and the worst."""
+    """One row for each batch, one column for each budget; and the worst."""
     text = ""
     for threads in thread_counts(result):
         figures = result["figures"][threads]
         budgets = result["settings"]["budgets"]
-        rows: dict[tuple[int, int], list[str]] = {}
+        rows: dict[tuple[int, int, int], list[str]] = {}
         for cell in figures["cells"]:
-            rows.setdefault((cell["batch"], cell["length"]), []).append(times(cell["ratio"]))
+            row = rows.setdefault((cell["batch"], cell["length"], cell["tokens"]), [])
+            row.append(times(cell["ratio"]))
+            if cell["ratio_to_all_open"] and cell["budget"] < 1.0:
+                row[-1] += f", {cell['ratio_to_all_open']['median']:.2f}x of all open"
         worst = figures["worst"]
         text += (
             f"\n{threads} threads, stock's time / ours; worst: {worst['ratio']['median']:.2f}x, batch "
             f"{worst['batch']}, length {worst['length']}, budget {worst['budget']:.3g}\n\n"
         )
-        body = [[str(batch), str(length), *ratios] for (batch, length), ratios in rows.items()]
-        text += table(["batch", "length", *(f"{budget:.3g}" for budget in budgets)], body)
+        body = [[*map(str, key), *ratios] for key, ratios in rows.items()]
+        text += table(["batch", "longest", "tokens", *(f"{budget:.3g}" for budget in budgets)], body)
     return text
 
 
@@ -163,7 +166,12 @@ def target_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     for target in json.loads((HERE / "targets.json").read_text()):
         value: Any = results.get(target["result"], {}).get("figures", {})
         for key in target["path"]:
-            value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, dict):
+                value = value.get(key)
+            elif isinstance(value, list) and key < len(value):
+                value = value[key]
+            else:
+                value = None
         if not isinstance(value, float):
             continue
         if "at_least" in target:
