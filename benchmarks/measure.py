@@ -154,7 +154,7 @@ def has_bfloat16() -> bool:
 
 def environment() -> dict[str, Any]:
     """Versions, hardware, commit, and how busy the machine was at the start."""
-    sources = ("src", "benchmarks", ":(exclude,glob)benchmarks/**/results/**", ":(exclude)benchmarks/README.md")
+    sources = ("src", "benchmarks", ":(exclude,glob)benchmarks/**/results/**", ":(exclude)docs")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),

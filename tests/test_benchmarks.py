@@ -350,20 +350,20 @@ def test_the_report_shows_results_and_nothing_else(measured, tmp_path):
     (tmp_path / "results" / "training.json").write_text(json.dumps(result))
     (tmp_path / "results" / "other.json").write_text("{}")
     report.main([str(tmp_path / "results"), str(tmp_path / "report")])
-    text = (tmp_path / "report" / "README.md").read_text()
+    text = (tmp_path / "report" / report.PAGE).read_text()
     rows = ("| ours 1/4 |", "| cut 1/4 |", "| 3 | 8 |", "docstrings bfloat16")
     for found in ("## Tiny model", "## Tiny cells", "## Tiny steps", *rows):
         assert found in text
     assert "| training step, AG News, stock's over ours with the full model frozen | 5.12 | >= 5 | yes |" in text
     assert text.count("| yes |") + text.count("| no |") == 1
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"README.md", "models.png"}
+    assert {path.name for path in (tmp_path / "report").rglob("*.*")} == {report.PAGE, "models.png"}
 
 
 def test_the_report_says_that_there_is_nothing_yet(tmp_path):
     report.main([str(tmp_path / "none"), str(tmp_path / "report")])
-    assert "no measurements of speed yet" in (tmp_path / "report" / "README.md").read_text()
+    assert "no measurements of speed yet" in (tmp_path / "report" / report.PAGE).read_text()
 
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     path = report.write_report(BENCHMARKS / "results", tmp_path)
-    assert path.read_text() == (BENCHMARKS / "README.md").read_text()
+    assert path.read_text() == (report.DOCS / report.PAGE).read_text()

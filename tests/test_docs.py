@@ -44,6 +44,10 @@ def test_the_python_blocks_of_a_page_run_after_the_five_lines(name, five_lines):
     run_python(name, blocks(PAGES[name], "python"), {**five_lines, "model": copy.deepcopy(five_lines["model"])})
 
 
+def test_start_ends_with_the_readmes_five_lines():
+    assert blocks(PAGES["start.md"], "python")[-1] == blocks(README, "python")[0]
+
+
 def commands(page):
     """Every command of a page's shell blocks, in words."""
     for block in blocks(page, "sh"):

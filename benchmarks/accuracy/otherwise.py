@@ -177,7 +177,7 @@ class NarrowTrainer(Trainer):
             hidden = layer(hidden, embedded.batch.layout, heads, neurons, False)
             own.append(hidden)
         first = embedded.batch.first(hidden)
-        answer = model.read_answer(embedded, hidden, narrow=True).logits
+        answer = model.read_answer(embedded, first, narrow=True).logits
         t = recipe["temperature"]
         if recipe["loss"] == "mse":
             loss = (answer - target).square().mean()

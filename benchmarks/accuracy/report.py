@@ -137,7 +137,6 @@ def kept(folder: Path = HERE / "results") -> str:
         f"Means over {len(chosen)} data sets ({', '.join(chosen)}), in %, on rows that nothing was trained or chosen\n"
         "on; MiniLM. Agreement is with the full model's answers, work is the mean share of the full model's FLOPs:\n\n"
         + table(["", "work", "accuracy", "agreement"], rows)
-        + "\n![Agreement and accuracy against time](benchmarks/accuracy.png)\n"
     )
 
 

@@ -567,8 +567,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
 
         Args:
             embedded: The batch.
-            first: Whether only the first position of each input is needed. A packed batch's last layer then runs for
-                these alone, and they come in packed order, (B, D); a padded one goes the stock way.
+            first: Whether only the first position of each input is needed, (B, D). A packed batch's last layer then runs
+                for these alone; a padded one goes the stock way.
         """
         hidden, batch, base = embedded.hidden, embedded.batch, self.base_model
         layers, reaches = self.full_layers(), self._reaches(embedded)
@@ -584,6 +584,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             for layer, reach in zip(layers, reaches, strict=True):
                 turned = {} if reach.rotary is None else {"position_embeddings": reach.rotary}
                 hidden = layer(hidden, attention_mask=everything if reach.window is None else near, **turned)
+        if first:
+            hidden = batch.unsort(hidden)
         norm = self.backbone.final_norm
         return hidden if norm is None else getattr(base, norm)(hidden)
 
@@ -593,15 +595,15 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         Args:
             embedded: The batch.
             look: What is open.
-            first: Whether only the first position of each input is needed. The last layer then runs for these alone,
-                unless closed units are masked: (B, D) in packed order, or (B, 1, D).
+            first: Whether only the first position of each input is needed, (B, D). The last layer then runs for these
+                alone, unless closed units are masked.
         """
         narrow: Any = self.narrow
-        first = first and not embedded.masked
+        alone = first and not embedded.masked
         hidden: torch.Tensor = narrow(
-            embedded.hidden, embedded.batch, look.counts, embedded.masked, self._reaches(embedded), first
+            embedded.hidden, embedded.batch, look.counts, embedded.masked, self._reaches(embedded), alone
         )
-        return hidden
+        return embedded.batch.unsort(hidden) if first else hidden
 
     def run_routed(
         self, embedded: Embedded, budget: float | torch.Tensor | None, kwargs: dict[str, Any]
@@ -892,13 +894,13 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
 
         Args:
             embedded: The batch.
-            hidden: Of its tokens, or of first positions alone where the head reads no others, as encoders leave them.
+            hidden: Of its tokens, as they lie; where the head reads no others, of first positions alone, (B, D).
             narrow: Whether they are the narrow encoder's.
             targets: Labels, by the stock class's names.
         """
         own: Any = self.narrow
         reads_all = self.reads_all()
-        first = (embedded.batch.first(hidden) if reads_all else embedded.batch.unsort(hidden))[:, None]  # (B, 1, D)
+        first = (embedded.batch.first(hidden) if reads_all else hidden)[:, None]  # (B, 1, D)
         pooler = own.pooler if narrow else getattr(self.base_model, "pooler", None)
         outputs = BaseModelOutputWithPooling(
             last_hidden_state=embedded.batch.pad(hidden) if reads_all else first,
