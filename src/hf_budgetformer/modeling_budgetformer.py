@@ -567,8 +567,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
 
         Args:
             embedded: The batch.
-            first: Whether only the first position of each input is needed, (B, D). The last layer of a packed batch then
-                runs for these alone; a padded one goes the stock way.
+            first: Whether only the first position of each input is needed, (B, D). A packed batch's last layer runs
+                for these alone then; a padded one goes the stock way.
         """
         hidden, batch, base = embedded.hidden, embedded.batch, self.base_model
         layers, reaches = self.full_layers(), self._reaches(embedded)
