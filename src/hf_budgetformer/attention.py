@@ -71,8 +71,8 @@ def turn(
     for given, asks in ((query, first), (key, False)):
         cos, sin = ((pick_first(x, layout) if asks else x).unsqueeze(-2) for x in reach.rotary)
         x = given.float()
-        first, second = x.chunk(2, dim=-1)
-        turned.append((x * cos + torch.cat((-second, first), dim=-1) * sin).to(given.dtype))
+        left, right = x.chunk(2, dim=-1)
+        turned.append((x * cos + torch.cat((-right, left), dim=-1) * sin).to(given.dtype))
     return [*turned, value]
 
 

@@ -152,8 +152,8 @@ class NarrowLayer(nn.Module):
     ) -> torch.Tensor:
         computed = self.heads if masked else heads
         if not computed:
-            asking = pick_first(hidden, layout) if first else hidden
-            return from_first_inputs(self.attention_output, self._open(self.qkv, asking, 0))
+            read = pick_first(hidden, layout) if first else hidden
+            return from_first_inputs(self.attention_output, self._open(self.qkv, read, 0))
         asking = pick_first(hidden, layout) if first else None
         parts = self._project(hidden, computed, asking)
         if isinstance(layout, Sequences):
