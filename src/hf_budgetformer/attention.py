@@ -181,8 +181,8 @@ def _drop(layer: Any, names: Any, part: str, hidden: torch.Tensor) -> torch.Tens
 
 
 def feed_forward_packed(layer: Any, backbone: Backbone, attended: torch.Tensor) -> torch.Tensor:
-    """Feed-forward part of a stock layer, (T, D) -> (T, D), some tokens at a time where no gradient is needed."""
-    if torch.is_grad_enabled() or len(attended) <= CHUNK_TOKENS:
+    """Feed-forward part of a stock layer, (T, D) -> (T, D), some tokens at a time at inference."""
+    if layer.training or torch.is_grad_enabled() or len(attended) <= CHUNK_TOKENS:
         return _feed_forward(layer, backbone, attended)
     return torch.cat([_feed_forward(layer, backbone, chunk) for chunk in attended.split(CHUNK_TOKENS)])
 

@@ -420,6 +420,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             return Plan((narrow.order.look(config.looks[0]) if config.looks else narrow.widest,))
         if recorded or not _values_are_known():  # of the full encoder; and a graph has no room for doubt
             return Plan((FULL_LOOK,))
+        if self.training:  # losses with a gradient cache encode without gradients first, what they then train
+            return Plan((FULL_LOOK,))
         if config.looks is None:
             if not self.is_trained():
                 logger.warning_once(

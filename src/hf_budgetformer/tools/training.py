@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,7 +175,11 @@ class BudgetCallback(TrainerCallback):
         if loader is None or model.narrow is None or not classifier or not doubtful:
             return
         count = _count_rows(loader)  # all rows in every process, which thus all come to the same looks
-        batches = loader if count is None else _collate(loader, range(count), size)
+        batches = iter(loader) if count is None else _collate(loader, range(count), size)
+        first = next(batches, {})
+        if not {"input_ids", "inputs_embeds"} & first.keys():  # sentence-transformers collates texts
+            return
+        batches = chain([first], batches)
         if self.disagreement is None or config.looks is not None:
             calibrate_margins(model, batches)
             return
