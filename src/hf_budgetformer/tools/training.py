@@ -166,7 +166,7 @@ class BudgetCallback(TrainerCallback):
         """Drops what was calibrated with other weights; looks stay where the user set them."""
         if kept_promise(config):
             config.confidence = config.looks = None
-        config.margins = config.promise = None
+        config.margins = config.promise = config.ranking = None
 
     def _calibrate(self, model: Any, loader: Any, size: int) -> None:
         config = model.config
@@ -176,7 +176,7 @@ class BudgetCallback(TrainerCallback):
             return
         count = _count_rows(loader)  # all rows in every process, which thus all come to the same looks
         batches = iter(loader) if count is None else _collate(loader, range(count), size)
-        first = next(batches, {})
+        first: Mapping[str, torch.Tensor] = next(batches, {})
         if not {"input_ids", "inputs_embeds"} & first.keys():  # sentence-transformers collates texts
             return
         batches = chain([first], batches)
