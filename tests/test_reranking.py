@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Value
 
 from conftest import budgetformer
-from hf_budgetformer import BudgetFormerForSequenceClassification
+from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification
+from hf_budgetformer.tools.narrowing import cut
 from hf_budgetformer.tools.reranking import (
     RankingTuning,
     choose_keep,
@@ -17,6 +19,7 @@ from hf_budgetformer.tools.reranking import (
     ranking_losses,
     tune_ranking,
 )
+from test_trainer import trainer_for
 
 
 QUERY = "w1 w2 w3"
@@ -290,3 +293,12 @@ def test_tuning_refuses_what_it_cannot_do(model, tokenizer, searches):
             tune_ranking(model, tokenizer, queries, passages, **options)
     with pytest.raises(ValueError, match=r"passages\[1\] must be a list of at least one text"):
         tune_ranking(model, tokenizer, ["w1", "w2"] * 40, [["w1"], []] * 40, changed=0.3)
+
+
+def test_training_and_cutting_void_what_was_tuned(tokenizer, tokenized, tmp_path):
+    model = budgetformer("bert", num_labels=1)
+    model.config.ranking = {"budgets": [1 / 6, 1.0], "keep": 3}
+    assert cut(model, 0.25).config.ranking is None
+    rows = tokenized.map(lambda row: {"label": float(row["label"])}).cast_column("label", Value("float32"))
+    trainer_for(model, tmp_path, tokenizer, rows, callbacks=[BudgetCallback()], max_steps=1).train()
+    assert model.config.ranking is None
