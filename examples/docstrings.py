@@ -51,20 +51,33 @@ def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
                 yield getattr(top, "name", ""), ast.get_docstring(node) or ""
 
 
+def sources(root: Path, module: str) -> Iterator[Path]:
+    """Source files of a module or package, without its tests."""
+    for path in sorted([*root.glob(f"{module}.py"), *root.glob(f"{module}/**/*.py")]):
+        if not {"test", "tests"} & set(path.relative_to(root).parts):
+            yield path
+
+
 def _passages(root: Path, area: int, module: str) -> Iterator[tuple[str, dict[str, str | int]]]:
     """Key of the definition, and row, for each passage of a module or package."""
-    for path in sorted([*root.glob(f"{module}.py"), *root.glob(f"{module}/**/*.py")]):
-        place = path.relative_to(root)
-        if not {"test", "tests"} & set(place.parts):
-            for name, docstring in _docstrings(path):
-                for paragraph in docstring.split("\n\n"):
-                    text = " ".join(paragraph.split())
-                    if len(text.split()) >= LEAST_WORDS and not text.startswith(">>>"):
-                        yield f"{place.as_posix()}:{name}", {"text": text, "label": area}
+    for path in sources(root, module):
+        place = path.relative_to(root).as_posix()
+        for name, docstring in _docstrings(path):
+            for paragraph in docstring.split("\n\n"):
+                text = " ".join(paragraph.split())
+                if len(text.split()) >= LEAST_WORDS and not text.startswith(">>>"):
+                    yield f"{place}:{name}", {"text": text, "label": area}
 
 
-def _fraction(key: str) -> float:
+def fraction(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+def split_of(key: str) -> str:
+    """Where what has this key belongs: train (70%), validation (10%) or test (20%)."""
+    place = fraction(key)
+    return "train" if place < 0.7 else "validation" if place < 0.8 else "test"
 
 
 def load_docstrings(root: Path | None = None) -> DatasetDict:
@@ -88,8 +101,7 @@ def load_docstrings(root: Path | None = None) -> DatasetDict:
                 kept.setdefault(opening(str(row["text"])), (key, row))
     splits: dict[str, list[dict[str, str | int]]] = {"train": [], "validation": [], "test": []}
     # By hash, so that neither the split nor the order depends on what else there is.
-    for key, row in sorted(kept.values(), key=lambda kept: _fraction(str(kept[1]["text"]))):
-        place = _fraction(key)
-        splits["train" if place < 0.7 else "validation" if place < 0.8 else "test"].append(row)
+    for key, row in sorted(kept.values(), key=lambda kept: fraction(str(kept[1]["text"]))):
+        splits[split_of(key)].append(row)
     features = Features({"text": Value("string"), "label": ClassLabel(names=list(AREAS))})
     return DatasetDict({name: Dataset.from_list(rows, features=features) for name, rows in splits.items()})

@@ -7,7 +7,7 @@ import datasets
 from datasets import ClassLabel, DatasetDict, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from conftest import stock_folder
+from conftest import STOCK, stock_config, stock_folder
 from hf_budgetformer import BudgetFormerPreTrainedModel
 
 
@@ -28,6 +28,8 @@ def use_stand_ins(monkeypatch, folder, texts, tokenizer):
         (folder / name).mkdir(parents=True)
         stock_folder("bert", folder / name, num_labels=2, hidden_size=64, intermediate_size=256)
         tokenizer.save_pretrained(folder / name)
+    stock_folder("bert", folder / "me/my-reranker", num_labels=1)
+    STOCK["bert"][1](stock_config("bert")).save_pretrained(folder / "me/my-encoder")
     rows = texts.filter(lambda row: row["label"] < 2).rename_column("text", "sentence")
     rows = rows.cast_column("label", ClassLabel(names=["negative", "positive"]))
     many = concatenate_datasets([rows] * 30)  # as many as it takes to tell half a point

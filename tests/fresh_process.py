@@ -67,6 +67,30 @@ def pull(task):
     torch.save(report, task["report"])
 
 
+def embed(task):
+    """Asks sentence-transformers for scores and embeddings of folders that bring their own code."""
+    sys.meta_path.insert(0, NotInstalled())
+    import torch
+    from sentence_transformers import CrossEncoder, SentenceTransformer
+
+    report = {"importable": is_importable()}
+    try:
+        CrossEncoder(task["reranker"], device="cpu")
+    except ValueError as error:
+        report["refusal"] = str(error)
+    reranker = CrossEncoder(task["reranker"], trust_remote_code=True, device="cpu")
+    report["scores"] = reranker.predict(task["pairs"], convert_to_tensor=True)
+    report["ranking"] = reranker.rank(task["pairs"][0][0], [passage for _, passage in task["pairs"]])
+    encoder = SentenceTransformer(task["encoder"], trust_remote_code=True, device="cpu")
+    pool = encoder.start_multi_process_pool(["cpu"]) if task["pool"] else None
+    for name, asked in (("full", {}), ("narrow", {"budget": 0.25})):
+        report[name] = torch.from_numpy(encoder.encode(task["texts"], pool=pool, **asked))
+    if pool is not None:
+        encoder.stop_multi_process_pool(pool)
+    report["classes"] = [type(module[0].model).__module__ for module in (reranker, encoder)]
+    torch.save(report, task["report"])
+
+
 def push(task):
     """Pushes in three ways: by hand, by the example, by a Trainer that has trained a little."""
     import torch
@@ -96,4 +120,4 @@ def push(task):
 
 if __name__ == "__main__":
     task = json.loads(Path(sys.argv[1]).read_text())
-    {"pull": pull, "push": push}[task["do"]](task)
+    {"embed": embed, "pull": pull, "push": push}[task["do"]](task)

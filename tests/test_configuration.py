@@ -105,6 +105,7 @@ def test_a_bad_field_is_refused_by_name_value_and_range(field, value, allowed):
         ({"margins": {"budget": 0.9, "quantiles": [0.0, 1.0]}}, "margins.*narrow_budget=0.25"),
         ({"margins": {}}, "margins.*quantiles"),
         ({"promise": {"risk": "disagreement", "level": 0.01}}, r"promise must hold \['bound', .* got"),
+        ({"ranking": {"keep": 10}}, r"ranking must hold 'budgets' and 'keep'.* got \{'keep': 10\}"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, named):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from conftest import stock_folder
+from conftest import STOCK, stock_config, stock_folder
 
 
 # Scripts import what lies beside them.
@@ -16,6 +16,7 @@ common = import_module("common")
 docstrings = import_module("docstrings")
 finetune_text_classification = import_module("finetune_text_classification")
 requested_budgets = import_module("requested_budgets")
+retrieval = import_module("retrieval")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,98 @@ def test_docstrings_are_the_same_every_time_and_without_the_rest_of_the_library(
     (tmp_path / "site-packages" / "json.py").write_text('"""Six words that nobody should ever read."""')
     for name, split in docstrings.load_docstrings(tmp_path).items():
         assert set(split["text"]) <= set(passages[name]["text"]), name
+
+
+@pytest.fixture(scope="module")
+def definitions():
+    return retrieval.load_retrieval()
+
+
+def test_definitions_are_asked_for_by_queries_that_do_not_hold_them(definitions):
+    passages, queries = definitions
+    assert len(passages) > 3000
+    assert len(set(map(docstrings.opening, passages))) == len(passages)
+    sizes = {name: len(split) for name, split in queries.items()}
+    assert list(sizes) == ["train", "validation", "test"]
+    assert min(sizes.values()) > 0.05 * sum(sizes.values())
+    asked = [query.lower() for split in queries.values() for query, _ in split]
+    assert len(set(asked)) == len(asked)
+    # A sentence may stand in the source code behind it; it seldom does.
+    held = [query in passages[number] for split in queries.values() for query, number in split]
+    assert sum(held) < 0.02 * len(held)
+
+
+def test_definitions_are_the_same_every_time(definitions, tmp_path):
+    one = tmp_path / "heapq.py"
+    one.write_text(Path(docstrings.sysconfig.get_path("stdlib"), "heapq.py").read_text("utf-8"), "utf-8")
+    passages, queries = retrieval.load_retrieval(tmp_path)
+    assert set(passages) <= set(definitions.passages)
+    everything = {query for split in definitions.queries.values() for query, _ in split}
+    assert {query for split in queries.values() for query, _ in split} <= everything
+    asked = dict(pair for split in queries.values() for pair in split)
+    largest = passages[asked["Find the n largest elements in a dataset."]]
+    assert largest.startswith("Equivalent to: sorted(iterable")
+
+
+def test_searches_hold_the_answer_whatever_bm25_finds(definitions):
+    pytest.importorskip("bm25s")
+    queries, candidates, relevant = retrieval.draw_searches(definitions, "test", 40, 10)
+    answers = dict(definitions.queries["test"])
+    for query, texts, [number] in zip(queries, candidates, relevant, strict=True):
+        assert len(texts) == 10
+        assert texts[number] == definitions.passages[answers[query]]
+    assert {number for [number] in relevant} >= {0, 9}  # it finds some at once, and misses some
+    assert retrieval.draw_searches(definitions, "test", 40, 10) == (queries, candidates, relevant)
+
+
+@pytest.fixture
+def words(definitions, tokenizer, tmp_path, monkeypatch):
+    """Tiny stock models that know some words of the standard library; its definitions are not parsed again."""
+    monkeypatch.setattr(retrieval, "load_retrieval", lambda: definitions)
+    stock_folder("bert", tmp_path / "stock", num_labels=1)
+    STOCK["bert"][1](stock_config("bert")).save_pretrained(tmp_path / "encoder")
+    for name in ("stock", "encoder"):
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("fine_tuned", [True, False])
+def test_reranks_in_two_stages(fine_tuned, words, monkeypatch, capsys):
+    for package in ("bm25s", "sentence_transformers"):
+        pytest.importorskip(package)
+    rerank = import_module("rerank")
+    monkeypatch.setattr(rerank, "load_retrieval", retrieval.load_retrieval)
+    monkeypatch.setattr(rerank, "demo_checkpoint", lambda: str(words / "stock"))
+    sizes = ["--queries", "8", "--held-out", "10", "--candidates", "6", "--changed", "0.5", "--max-length", "24"]
+    model = ["--model", str(words / "stock")] if fine_tuned else []
+    rerank.main(["open a file", *model, *sizes, "--output", str(words / "output")])
+    printed = capsys.readouterr().out
+    table = {
+        name: (float(gain), float(work))
+        for name, gain, work in re.findall(r"^(\w+ \w+) +([\d.]+) +([\d.]+)$", printed, re.M)
+    }
+    assert list(table) == ["full model", "two stages", "first look"]
+    assert table["full model"][1] == 1.0
+    assert table["first look"][1] <= 1 / 6
+    assert len(re.findall(r"^ +-?[\d.]+  spent [\d.]+  ", printed, re.M)) == 3
+    model = AutoModelForSequenceClassification.from_pretrained(words / "output")
+    assert model.is_trained()
+    assert model.config.ranking["risk"] == "changed"
+    assert (words / "output" / "stock").exists() is not fine_tuned
+
+
+def test_embeds_at_a_half_and_a_quarter(words, texts, capsys):
+    pytest.importorskip("sentence_transformers")
+    embed = import_module("embed")
+    texts.to_csv(words / "texts.csv", index=False)
+    source = ["--model", str(words / "encoder"), "--dataset", str(words / "texts.csv"), "--max-test", "12"]
+    embed.main([*source, "--epochs", "1", "--output", str(words / "output")])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^ +(1|0\.5|0\.25) +([-\d.]+) +[\d.]+$", printed, re.M)
+    assert [budget for budget, _ in rows] == ["1", "0.5", "0.25"]
+    assert float(rows[0][1]) == 1.0
+    assert all(-1.0 <= float(value) < 1.0 for _, value in rows[1:])
+    assert "kwargs" in (words / "output" / "modules.json").read_text()
 
 
 @pytest.fixture(scope="module")

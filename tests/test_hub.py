@@ -108,7 +108,7 @@ def auto_map_of(folder):
 def start(task, folder, **environment):
     """Starts fresh_process.py with caches of its own and no way to the internet."""
     folder.mkdir()
-    task = {**task, "texts": TEXTS, "package": str(PACKAGE), "modules": str(folder / "modules")}
+    task = {"texts": TEXTS, **task, "package": str(PACKAGE), "modules": str(folder / "modules")}
     task["report"] = str(folder / "report.pt")
     (folder / "task.json").write_text(json.dumps(task))
     foreign = ("HF_", "TRANSFORMERS_", "HUGGING", "PYTHON")

@@ -534,3 +534,22 @@ def test_the_state_written_by_trainer_is_json(tokenizer, tokenized, tmp_path):
     trainer.train()
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["log_history"][0]["divergence"] > 0.0
+
+
+def test_a_plain_trainer_trains_the_narrow_encoder_of_a_frozen_one(tokenizer, tokenized, tmp_path):
+    """Texts are enough: the loss is its divergence. An encoder that learns itself needs a loss from outside."""
+    STOCK["bert"][1](stock_classifier("bert").config).save_pretrained(tmp_path / "stock")
+    rows = tokenized.remove_columns("label")
+    model = BudgetFormerModel.from_pretrained(tmp_path / "stock", freeze_full=True)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    trainer = trainer_for(model, tmp_path, tokenizer, rows, callbacks=[BudgetCallback()], max_steps=40)
+    trainer.train()
+    divergence = logged(trainer, "divergence")
+    assert logged(trainer, "loss") == pytest.approx(divergence, abs=1e-3)
+    assert np.mean(divergence[-6:]) < 0.8 * np.mean(divergence[:6])
+    changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed
+    assert all(name.startswith("narrow.") for name in changed)
+
+    learning = BudgetFormerModel.from_pretrained(tmp_path / "stock").train()
+    assert "loss" not in learning(**tokenizer(["w1 w2"], return_tensors="pt"))

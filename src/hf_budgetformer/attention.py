@@ -250,8 +250,10 @@ def run_in_chunks(
 
 def feed_forward_packed(layer: Any, backbone: Backbone, attended: torch.Tensor) -> torch.Tensor:
     """Feed-forward part of a stock layer, (T, D) -> (T, D)."""
-    neurons = backbone.names.of(layer, "up").out_features
-    return run_in_chunks(partial(_feed_forward, layer, backbone), attended, neurons)
+    run = partial(_feed_forward, layer, backbone)
+    if layer.training:  # dropout draws otherwise in chunks, and losses with a gradient cache draw twice
+        return run(attended)
+    return run_in_chunks(run, attended, backbone.names.of(layer, "up").out_features)
 
 
 def _feed_forward(layer: Any, backbone: Backbone, attended: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,8 @@ class BudgetFormerConfig(PreTrainedConfig):
             "quantiles": evenly spaced quantiles of the confidence}`; see `tools.tuning.calibrate_margins`.
         promise: What looks and confidence were calibrated to keep, and on how many rows, as `tools.tuning.tune` writes
             it. Training voids it, and so do other looks.
+        ranking: Of a reranker: `budgets` of its two looks and how many of the best candidates to `keep` for the second,
+            as `tools.reranking.tune_ranking` writes it. Training voids it.
         freeze_full: Whether the full encoder and its head stay as they are in training, and run without dropout.
         full_encoder: False for a model that was cut to its narrow encoder, see `tools.narrowing.cut`. Default True.
         distillation_weight: Where a model learns from `teacher_logits` and labels (one that was cut, or with routers in
@@ -161,6 +163,7 @@ class BudgetFormerConfig(PreTrainedConfig):
     confidence: list[float | int] | tuple[float | int, ...] | None = None
     margins: dict[str, Any] | None = None
     promise: dict[str, Any] | None = None
+    ranking: dict[str, Any] | None = None
     freeze_full: bool = False
     full_encoder: bool = True
     distillation_weight: float | int = _fraction(1.0)
@@ -251,6 +254,14 @@ class BudgetFormerConfig(PreTrainedConfig):
         names = {"risk", "level", "confidence", "rows", "looks", "thresholds", "bound", "lost", "doubted"}
         if promise is not None and not (names <= promise.keys() and promise["rows"] >= 1):
             raise ValueError(f"promise must hold {sorted(names)}, as tools.tuning.tune writes it, got {promise}.")
+
+    def validate_ranking(self) -> None:
+        """A ranking says what to do."""
+        ranking = self.ranking
+        if ranking is not None and not {"budgets", "keep"} <= ranking.keys():
+            raise ValueError(
+                f"ranking must hold 'budgets' and 'keep', as tools.reranking.tune_ranking writes it, got {ranking}."
+            )
 
     @classmethod
     def from_backbone_config(cls, config: PreTrainedConfig | dict[str, Any], **kwargs: Any) -> "BudgetFormerConfig":

@@ -62,10 +62,12 @@ class BudgetFormerModelOutput(BaseModelOutputWithPooling):
         budget: (B,), float: share of the full encoder's work that each input took, all its looks together; with
             `router="layer"` the share of the heads that ran.
         head_gates: (B, layers, H), float, on request, with `router="layer"`: 1 for an open head, 0 for a closed one.
+        loss: While training with `config.freeze_full`, the narrow encoder's divergence from the full one, a scalar.
     """
 
     budget: torch.Tensor | None = None
     head_gates: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -420,6 +422,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             return Plan((narrow.order.look(config.looks[0]) if config.looks else narrow.widest,))
         if recorded or not _values_are_known():  # of the full encoder; and a graph has no room for doubt
             return Plan((FULL_LOOK,))
+        if self.training:  # losses with a gradient cache encode without gradients first, what they then train
+            return Plan((FULL_LOOK,))
         if config.looks is None:
             if not self.is_trained():
                 logger.warning_once(
@@ -749,6 +753,8 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             divergence = divergence + 0.0 * pooled.sum()
         self.training_log = {"divergence": divergence.detach(), "budget": divergence.new_tensor(look.cost).detach()}
         self.narrow.count_step(hidden)
+        if self.config.freeze_full:  # there is nothing else to learn
+            outputs.loss = divergence
         return self._attach(outputs, divergence)
 
     def _attach(self, outputs: BudgetFormerModelOutput, loss: torch.Tensor) -> BudgetFormerModelOutput:

@@ -127,6 +127,7 @@ def cut(model: nn.Module, budget: float) -> Any:
     small_config: Any = copy.deepcopy(config)
     small_config.narrow_budget, small_config.full_encoder = budget, False
     small_config.looks = small_config.confidence = small_config.margins = small_config.promise = None
+    small_config.ranking = None
     small_config.freeze_full = False
     small = type(ours)(small_config).to(ours.narrow.steps.device, ours.dtype)
     for name in ours.backbone.embeddings:

