@@ -83,7 +83,7 @@ def test_a_graph_holds_what_the_budget_opens_and_nothing_else(exported):
 
 def test_int8_answers_nearly_as_the_model_does(exported, traced_before, tmp_path):
     model = exported[0]
-    export_onnx(model, tmp_path / "int8.onnx", 0.25, quantize=True)
+    export_onnx(model, tmp_path / "int8.onnx", 0.25, dtype="int8")
     batch = batch_of(list(range(3, 33)) * 4, seed=3)
     found = answers(tmp_path / "int8.onnx", batch)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_what_fails_the_check_leaves_no_file_and_replaces_none(traced_before, tm
     other.narrow.head.classifier_copy.bias.data[0] += 0.01
     (tmp_path / "there.onnx").write_text("before")
     for name in ("new.onnx", "there.onnx"):
-        with pytest.raises(RuntimeError, match="must answer as the model does"):
+        with pytest.raises(RuntimeError, match="Onnx must answer as the model does"):
             export_onnx(other, tmp_path / name, 0.25)
     assert [x.name for x in tmp_path.iterdir()] == ["there.onnx"]
     assert (tmp_path / "there.onnx").read_text() == "before"

@@ -61,8 +61,8 @@ def test_an_exported_graph_holds_the_open_units_and_nothing_else(budget, backbon
     counts = model.narrow.order.look(budget).counts
     expected = []
     for heads, neurons in zip(counts.heads, counts.neurons, strict=True):
-        expected += [(3 * 4 * heads, 16)] * (heads > 0) + [(16, 4 * heads)]
-        expected += [(neurons, 16)] * (neurons > 0) + [(16, neurons)]
+        expected += [(3 * 4 * heads, 16)] * (heads > 0) + [(16, 4 * heads)] * (heads > 0)
+        expected += [(neurons, 16)] * (neurons > 0) + [(16, neurons)] * (neurons > 0)
     encoder = products(program)[: len(expected)]
     assert encoder == expected
     assert len(products(program)) == len(expected) + 2  # pooler, or dense, and classifier

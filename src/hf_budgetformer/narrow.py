@@ -66,7 +66,14 @@ def from_first_inputs(linear: Any, hidden: torch.Tensor) -> torch.Tensor:
     if not missing or not is_plain(linear):
         output: torch.Tensor = linear(F.pad(hidden, (0, missing)) if missing else hidden)
         return output
+    if not hidden.shape[-1] and _is_exporting():  # other runtimes know no matrix without rows
+        nothing = hidden.new_zeros(*hidden.shape[:-1], linear.out_features)
+        return nothing if linear.bias is None else nothing + linear.bias
     return F.linear(hidden, linear.weight[:, : hidden.shape[-1]], linear.bias)
+
+
+def _is_exporting() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
 def _add(output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -354,21 +354,46 @@ def cut(
         evaluate(output, test, "plain", batch_size, max_length, device, split, column, skip_bad, as_json)
 
 
-@app.command(epilog="Example: budgetformer export out small.onnx --budget 0.25 --quantize")
+@app.command(epilog="Example: budgetformer export out served --dtype int8 --calibration validation.parquet")
 def export(
     checkpoint: Checkpoint,
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Of the onnx file.")],
-    budget: Annotated[float | None, typer.Option(help="1, or up to the narrow budget; default: 1.")] = None,
-    quantize: Annotated[bool, typer.Option("--quantize", help="Weights in int8.")] = False,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder for all looks, or an .onnx file for one.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or int8.")] = "fp32",
+    runtime: Annotated[str | None, typer.Option(help="Of a folder: onnx or openvino; default: onnx.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Data to calibrate thresholds on, of the graphs themselves; int8 needs it.", metavar="DATA"),
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Of a file: 1, or up to the narrow budget; default: 1.")] = None,
+    max_length: MaxLength = None,
+    split: Split = None,
+    column: Columns = None,
+    skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model at a constant budget as ONNX, for onnxruntime."""
-    from hf_budgetformer.tools.export import export_onnx
-
-    model, _ = _load(checkpoint, "cpu")
+    """Write a model for onnxruntime or OpenVINO: the looks of a plain call, or one budget in one file."""
+    to_file = output.endswith(".onnx")
+    of_folder = {"--runtime": runtime, "--calibration": calibration, "--max-length": max_length}
+    for option, value in of_folder.items() if to_file else [("--budget", budget)]:
+        if value is not None:
+            raise typer.BadParameter(f"{option} is for {'a folder' if to_file else 'an .onnx file'}, got {output}.")
+    model, tokenizer = _load(checkpoint, "cpu")
     with contextlib.redirect_stdout(sys.stderr):
-        path = export_onnx(model, output, budget, quantize)
-    print(json.dumps({"output": str(path)}) if as_json else f"Saved as {path}.")
+        if to_file:
+            from hf_budgetformer.tools.export import export_onnx
+
+            path = export_onnx(model, output, budget, dtype)
+            printed = f"Saved as {path}."
+            found: dict[str, Any] = {"output": str(path)}
+        else:
+            from hf_budgetformer.tools.looks_export import export_looks
+
+            labelled = (model.config.promise or {}).get("risk") == "tolerance"
+            rows = None if calibration is None else _read(calibration, split, column, skip_bad, labelled)
+            written = export_looks(model, tokenizer, output, runtime or "onnx", dtype, rows, max_length)
+            printed = str(written)
+            found = {"output": output, "taken": written.taken, "looks": written.looks.to_dict()}
+    print(json.dumps(found) if as_json else printed)
 
 
 @app.command(epilog="Example: budgetformer card out --repo-id me/my-budgetformer --license apache-2.0")

@@ -18,7 +18,7 @@ def plan_call(model: Any, budget: float | None) -> Plan:
     Raises:
         ValueError: The model cannot spend that budget.
     """
-    if budget is None and model.config.looks is None and not model.is_trained():
+    if budget is None and model.config.looks is None and not (model.is_trained() and has_confidence(model.config)):
         return Plan((FULL_LOOK,))
     order = model.narrow.order
     return plan_looks(model.config, order) if budget is None else plan_budget(model.config, order, budget)

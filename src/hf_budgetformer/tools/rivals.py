@@ -1,11 +1,6 @@
 """What a user would pick instead: the stock model in onnxruntime and OpenVINO, in float32 and in int8."""
 
-import contextlib
-import io
-import logging
-import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +10,8 @@ import torch
 from torch import nn
 
 from ..budgets import has_confidence
-from .export import INT8, export_onnx
+from ..runtime import OnnxGraph, OpenVINOGraph, unreported
+from .export import convert_onnx, export_onnx, quantize_openvino
 from .profiling import RIVALS, check_against, stock_model
 
 
@@ -62,66 +58,32 @@ def make_rivals(names: Sequence[str], model: nn.Module, batches: Sequence[Batch]
     check_against(names, RIVALS)
     if not names:
         return {}
-    runtimes = _import_runtimes(names)
+    _check_installed(names)
     stock = stock_model(model).to("cpu", torch.float32)
     rivals = {}
     with TemporaryDirectory() as folder:
         path = export_onnx(model, Path(folder) / "float32.onnx", 1.0)
         for name in names:
-            with _quiet():
-                if name.startswith("onnx"):
-                    answer = _in_onnxruntime(path, name.endswith("int8"), threads)
-                else:
-                    answer = _in_openvino(runtimes, path, batches if name.endswith("int8") else None, threads)
+            if name.startswith("onnx"):
+                answer = _in_onnxruntime(path, name.endswith("int8"), threads)
+            else:
+                answer = _in_openvino(path, batches if name.endswith("int8") else None, threads)
             rivals[name] = Rival(answer, _check(name, answer, stock, batches))
     return rivals
 
 
-def _import_runtimes(names: Sequence[str]) -> dict[str, Any]:
-    """OpenVINO and NNCF, where they are needed."""
-    found: dict[str, Any] = {}
+def _check_installed(names: Sequence[str]) -> None:
+    """Raises ImportError where a runtime is missing, before the others are timed."""
     try:
         import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
 
-        with _unreported():
+        with unreported():
             if any(name.startswith("openvino") for name in names):
-                import openvino  # type: ignore[import-untyped]
-
-                found["openvino"] = openvino
+                import openvino  # type: ignore[import-untyped]  # noqa: F401
             if "openvino-int8" in names:
-                import nncf  # type: ignore[import-untyped]
-
-                found["nncf"] = nncf
+                import nncf  # type: ignore[import-untyped]  # noqa: F401
     except ImportError:
         raise ImportError('Other runtimes need packages: pip install "hf-budgetformer[rivals]".') from None
-    return found
-
-
-@contextlib.contextmanager
-def _unreported() -> Iterator[None]:
-    """Keeps OpenVINO and NNCF from reporting their use to their makers, which they read at import whether to do."""
-    before = {name: os.environ.get(name) for name in ("CI", "NNCF_CI")}
-    os.environ.update(dict.fromkeys(before, "true"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the runtimes tell of their progress and of steps that are not needed."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            logging.disable(logging.WARNING)
-            yield
-        finally:
-            logging.disable(before)
 
 
 def _arrays(names: Sequence[str], batch: Batch) -> dict[str, Any]:
@@ -130,54 +92,24 @@ def _arrays(names: Sequence[str], batch: Batch) -> dict[str, Any]:
 
 
 def _in_onnxruntime(path: Path, int8: bool, threads: int) -> Answer:
-    import onnxruntime as ort
-    from onnxruntime.quantization import quantize_dynamic  # type: ignore[import-untyped]
-
     if int8:
-        quantized = path.with_name("int8.onnx")
-        quantize_dynamic(path, quantized, **INT8)
-        path = quantized
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Or idle threads would take the processor from whoever is timed next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
+        path = convert_onnx(path, path.with_name("int8.onnx"), "int8")
+    return _answer_by(OnnxGraph(path, threads))
 
+
+def _in_openvino(path: Path, calibration: Sequence[Batch] | None, threads: int) -> Answer:
+    if calibration is None:
+        return _answer_by(OpenVINOGraph(path, threads))
+    names = OnnxGraph(path, threads).names
+    inputs = [_arrays(names, batch) for batch in _spread(calibration)]
+    return _answer_by(OpenVINOGraph(quantize_openvino(path, inputs), threads))
+
+
+def _answer_by(graph: OnnxGraph | OpenVINOGraph) -> Answer:
     def answer(batch: Batch) -> torch.Tensor:
-        [logits] = session.run(["logits"], _arrays(names, batch))
-        return torch.from_numpy(logits)
+        return torch.from_numpy(graph(_arrays(graph.names, batch)))
 
     return answer
-
-
-def _in_openvino(runtimes: Mapping[str, Any], path: Path, calibration: Sequence[Batch] | None, threads: int) -> Answer:
-    core = runtimes["openvino"].Core()
-    graph = core.read_model(path)
-    names = [given.any_name for given in graph.inputs]
-    if calibration is not None:
-        graph = _quantize(runtimes["nncf"], graph, [_arrays(names, batch) for batch in _spread(calibration)])
-    # float32 is meant: where the processor has bfloat16, OpenVINO would take that unasked.
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(graph, "CPU", settings).create_infer_request()
-
-    def answer(batch: Batch) -> torch.Tensor:
-        logits = request.infer(_arrays(names, batch))[0]
-        return torch.from_numpy(logits.copy())  # the request writes its next answer there
-
-    return answer
-
-
-def _quantize(nncf: Any, graph: Any, inputs: Sequence[Mapping[str, Any]]) -> Any:
-    # Half the range of int8, or sums overflow on processors without VNNI; onnxruntime's `reduce_range`.
-    advanced = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
-    return nncf.quantize(
-        graph,
-        nncf.Dataset(inputs),
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(inputs),
-        advanced_parameters=advanced,
-    )
 
 
 def _spread(batches: Sequence[Batch]) -> list[Batch]:

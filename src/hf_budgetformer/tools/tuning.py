@@ -61,6 +61,8 @@ class FirstLook:
         confidence: (N,), float, in [0, 1].
         losses: (N,), integers in {-1, 0, 1}: what is lost where the look's answer stands. Of a disagreement 1 where the
             full model answers differently; of accuracy (right in full) - (right at this look).
+        doubted_losses: (N,), the same where the answer is doubted; None: the full model answers then, and nothing is
+            lost. One that was quantised loses something too.
     """
 
     budget: float
@@ -68,6 +70,7 @@ class FirstLook:
     seconds: float
     confidence: np.ndarray
     losses: np.ndarray
+    doubted_losses: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -201,10 +204,13 @@ def _find_threshold(look: FirstLook, risk: str, level: float, error: float) -> T
     rows, signed = len(look.losses), risk == "tolerance"
     thresholds = np.array(THRESHOLDS, look.confidence.dtype)  # compared in the precision that a model compares them in
     first = np.searchsorted(-thresholds, -look.confidence)  # the first threshold at which each row's answer stands
-    table = np.bincount(3 * first + look.losses + 1, minlength=3 * len(thresholds) + 3).reshape(-1, 3)
-    lost = table[:-1].cumsum(0)  # (T, 3)
+    lost = _count_losses(first, look.losses)[:-1].cumsum(0)  # (T, 3)
     doubted = rows - lost.sum(-1)
-    lost[:, 1] += doubted  # they lose nothing
+    if look.doubted_losses is None:
+        lost[:, 1] += doubted
+    else:
+        after = _count_losses(first, look.doubted_losses)
+        lost += after.sum(0) - after[:-1].cumsum(0)
     if risk == "mean_budget":  # the safest doubts none; what is left for second looks is a share of the rows
         tested, limit = np.stack([0 * doubted, rows - doubted, doubted], axis=-1), level - look.work
         chances = p_values(tested, limit, signed)
@@ -230,6 +236,12 @@ def _find_threshold(look: FirstLook, risk: str, level: float, error: float) -> T
         risk=float((lost[found, 2] - lost[found, 0]) / rows),
         bound=bound,
     )
+
+
+def _count_losses(first: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """How many rows lose -1, 0 and 1, (T + 1, 3), by the `first` (N,) of T thresholds at which their answers stand."""
+    found: np.ndarray = np.bincount(3 * first + losses + 1, minlength=3 * len(THRESHOLDS) + 3).reshape(-1, 3)
+    return found
 
 
 def count_passed(chances: np.ndarray, error: float) -> int:
@@ -334,6 +346,23 @@ def _check_first_looks(budgets: Iterable[float], config: Any) -> list[float]:
     return found
 
 
+def find_losses(answers: np.ndarray, full: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+    """What each of N rows loses if `answers` stand in place of the full model's.
+
+    Args:
+        answers: (N,) labels, or (N, num_labels) whether each is on.
+        full: The full model's, of the same shape.
+        labels: (N,), for differences of accuracy; None: for disagreements.
+
+    Returns:
+        (N,), integers in {-1, 0, 1}, as `FirstLook.losses`.
+    """
+    if labels is not None:
+        return (full == labels).astype(int) - (answers == labels).astype(int)
+    differs = answers != full
+    return (differs if differs.ndim == 1 else differs.any(-1)).astype(int)
+
+
 _NOT_INPUTS = ("label", "labels", "teacher_logits")
 
 
@@ -393,15 +422,9 @@ class Calibration:
 
     def first_looks(self, labels: np.ndarray | None = None) -> list[FirstLook]:
         """For `find_looks`: disagreements with the full model, or with `labels` (N,) differences of accuracy."""
-        full = self.answers[1.0]
         looks = []
         for budget in self.budgets:
-            own = self.answers[budget]
-            if labels is None:
-                differs = own != full
-                losses = (differs if differs.ndim == 1 else differs.any(-1)).astype(int)
-            else:
-                losses = (full == labels).astype(int) - (own == labels).astype(int)
+            losses = find_losses(self.answers[budget], self.answers[1.0], labels)
             seconds = self.seconds[budget] / self.seconds[1.0]
             looks.append(FirstLook(budget, self.work[budget], seconds, self.confidence[budget], losses))
         return looks
@@ -461,7 +484,11 @@ def choose_looks(
     """
     if risk == "tolerance" and labels is None:
         raise ValueError("labels must be given for a tolerance, got None.")
-    first_looks = calibration.first_looks(labels if risk == "tolerance" else None)
+    return tune_looks(calibration.first_looks(labels if risk == "tolerance" else None), risk, level, confidence)
+
+
+def tune_looks(first_looks: Sequence[FirstLook], risk: str, level: float, confidence: float = 0.95) -> Tuning:
+    """As `choose_looks`, of what first looks made of the rows; knows nothing of models."""
     tested = find_looks(first_looks, risk, level, confidence)
     rows = len(first_looks[0].losses)
     best = best_looks(tested, risk)
@@ -598,12 +625,14 @@ __all__ = [
     "count_passed",
     "describe_promise",
     "find_looks",
+    "find_losses",
     "kept_promise",
     "log_capital",
     "look_budgets",
     "p_values",
     "rows_needed",
     "tune",
+    "tune_looks",
     "upper_bound",
     "warn_of_shift",
 ]
