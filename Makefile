@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # A folder of <name>/{train,test}.parquet, for bench-full (ag_news, imdb) and accuracy.
 DATA ?=
 
-.PHONY: test test-slow test-browser test-data demo docs bench bench-full bench-gpu accuracy quality style clean
+.PHONY: test test-slow test-browser test-data demo docs bench bench-full bench-gpu bench-reranking accuracy quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,13 @@ bench-full: $(VENV)/.installed
 # Needs CUDA, and a torch for it in PYTHON's environment: the one above is for the CPU.
 bench-gpu:
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
+
+# The model is trained once, and kept in build/reranking; the last step times, on a machine that does nothing else.
+bench-reranking: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reranking.py train $(BENCH_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reranking.py quality $(BENCH_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reranking.py timing $(BENCH_ARGS)
+	$(BIN)/python benchmarks/report.py
 
 # A day on two cores; what is in the work folder already is not made again.
 WORK ?= build/accuracy

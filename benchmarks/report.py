@@ -11,6 +11,7 @@ from accuracy.report import tables as accuracy_tables
 from level_deferred import section as deferred_section
 from measure import table
 from paper.report import tables as paper_tables
+from reranking import section as reranking_section
 
 from hf_budgetformer.tools.plots import new_figure, save_figure
 
@@ -267,6 +268,8 @@ def write_report(results_folder: Path, output: Path) -> Path:
             continue
         text += f"\n## {title}\n\n`experiments/{name}.json`: {describe(result)}"
         text += SECTIONS[result["settings"]["level"]](result)
+    if (reranking := results_folder / "reranking.json").exists():
+        text += reranking_section(json.loads(reranking.read_text()))
     accuracy = results_folder.parent / "accuracy" / "results"
     text += accuracy_tables(accuracy)
     if accuracy_plot(images / "accuracy.png", accuracy):

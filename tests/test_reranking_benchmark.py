@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import inputs
+import report
 import reranking
 
 
@@ -66,6 +67,10 @@ def test_trains_judges_and_times_every_way(ask, tmp_path, capsys):
     assert result["max_difference"] <= 1e-4
     printed = capsys.readouterr().out
     assert "| ours at 0.167, then the best 2 at 1 |" in printed
+    (tmp_path / "results").mkdir()
+    (tmp_path / "result.json").rename(tmp_path / "results" / "reranking.json")
+    page = report.write_report(tmp_path / "results", tmp_path / "report").read_text()
+    assert "## Tiny reranking" in page
 
 
 def test_each_step_says_what_must_come_before(ask):
