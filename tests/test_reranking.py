@@ -1,5 +1,6 @@
 """Rerankers: two stages beside a ranking made by hand, and the bound on what they lose."""
 
+import copy
 import math
 
 import numpy as np
@@ -79,11 +80,13 @@ def test_a_share_of_hundreds_is_what_it_says(model, tokenizer):
 
 
 def test_equal_scores_stay_in_order(model, tokenizer):
-    passages = ["w4 w5", "w30", "w4 w5", "w4 w5", "w30"]
+    """Equal to the last bit, which those of equal passages in other places of a batch need not be."""
+    model = copy.deepcopy(model)
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.copy_head()
     for keep in (0, 2, 5):
-        numbers = [hit["corpus_id"] for hit in rank(model, tokenizer, QUERY, passages, keep=keep, batch_size=5)]
-        for same in ([0, 2, 3], [1, 4]):
-            assert [number for number in numbers if number in same] == same
+        hits = rank(model, tokenizer, QUERY, ["w4 w5", "w30", "w4 w5", "w4 w5", "w30"], keep=keep, batch_size=5)
+        assert [hit["corpus_id"] for hit in hits] == [0, 1, 2, 3, 4]
 
 
 def test_top_k_is_the_start_of_all(model, tokenizer):
