@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, TextClassificationP
 from typer.testing import CliRunner
 
 import hf_budgetformer.tools.export
+import hf_budgetformer.tools.looks_export
 from conftest import budgetformer, stock_classifier, stock_folder
 from hf_budgetformer import BudgetFormerForSequenceClassification
 from hf_budgetformer.tools import cli, prediction
@@ -224,8 +226,23 @@ def test_export_and_card_pass_on_what_they_are_given(model, data, tmp_path, run,
     monkeypatch.setattr(
         hf_budgetformer.tools.export, "export_onnx", lambda model, *rest: (print("noise"), asked.append(rest), "x")[2]
     )
-    assert good(run("export", model, "x.onnx", "--budget", 0.25, "--quantize")) == "Saved as x.\n"
-    assert asked == [("x.onnx", 0.25, True)]
+    assert good(run("export", model, "x.onnx", "--budget", 0.25, "--dtype", "int8")) == "Saved as x.\n"
+    assert asked == [("x.onnx", 0.25, "int8")]
+    looks = SimpleNamespace(to_dict=lambda: {"graphs": ["a"]})
+
+    def export_looks(model, tokenizer, *rest):
+        asked.append((*rest[:3], rest[3] and len(rest[3]), rest[4]))
+        return SimpleNamespace(looks=looks, taken=False)
+
+    monkeypatch.setattr(hf_budgetformer.tools.looks_export, "export_looks", export_looks)
+    told = good(run("export", model, "served", "--calibration", data, "--runtime", "openvino", "--json"))
+    assert json.loads(told) == {"output": "served", "taken": False, "looks": {"graphs": ["a"]}}
+    good(run("export", model, "served", "--max-length", 16))
+    assert asked[1:] == [("served", "openvino", "fp32", 64, None), ("served", "onnx", "fp32", None, 16)]
+    for output, option, value in (("served", "--budget", 0.25), ("x.onnx", "--runtime", "onnx")):
+        code, _, told = run("export", model, output, option, value)
+        assert code == 2
+        assert f"{option} is for" in told
     good(run("evaluate", model, data))
     path = json.loads(good(run("card", model, "--license", "mit", "--json")))["output"]
     assert "license: mit" in Path(path).read_text()

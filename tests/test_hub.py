@@ -288,7 +288,7 @@ def test_a_saved_folder_names_every_auto_class_and_holds_the_code(save, backbone
     model = budgetformer(backbone_type)
     (model if save == "classifier" else BudgetFormerModel(model.config)).save_pretrained(tmp_path)
     assert auto_map_of(tmp_path) == AUTO_MAP
-    assert code_files(tmp_path) == SHIPPED == code_files(PACKAGE) - {"__init__.py"}
+    assert code_files(tmp_path) == SHIPPED == code_files(PACKAGE) - {"__init__.py", "runtime.py"}
 
 
 def test_a_config_saved_alone_names_and_holds_its_own_code_only(tmp_path):

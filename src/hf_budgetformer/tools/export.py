@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbones import max_input_length
+from ..backbones import BACKBONES, max_input_length
 from ..runtime import DTYPES, OnnxGraph, OpenVINOGraph, unreported
 from .checkpoints import check_classifier
 from .narrowing import cut
@@ -40,7 +40,9 @@ class TracedModel(nn.Module):
     def __init__(self, static: Any, longest: int) -> None:
         super().__init__()
         self.model, self.longest = static.to("cpu", torch.float32), longest
-        self.names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (static.config.type_vocab_size > 1)
+        kind = getattr(static.config, "backbone_model_type", static.config.model_type)
+        has_types = BACKBONES[kind].token_types and static.config.type_vocab_size > 1
+        self.names = ["input_ids", "attention_mask"] + ["token_type_ids"] * has_types
         self.eval()
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -56,8 +58,9 @@ class TracedModel(nn.Module):
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, mask.shape, generator=draw)
         ids = ids.masked_fill(mask == 0, config.pad_token_id or 0)
-        types = torch.randint(config.type_vocab_size, mask.shape, generator=draw)
-        return (ids, mask, types)[: len(self.names)]
+        if "token_type_ids" not in self.names:
+            return ids, mask
+        return ids, mask, torch.randint(config.type_vocab_size, mask.shape, generator=draw)
 
     def write(self, path: Path) -> None:
         """Writes the graph in float32; raises RuntimeError where onnxruntime does not answer as the model does."""
@@ -226,7 +229,7 @@ def quantize_openvino(source: Path, inputs: Sequence[Mapping[str, Any]]) -> Any:
         )
 
 
-def write_openvino(source: Path, target: Path, dtype: str, inputs: Sequence[Mapping[str, Any]]) -> None:
+def write_openvino(source: Path, target: Path, dtype: str, inputs: Sequence[Mapping[str, Any]] = ()) -> None:
     """Writes a float32 ONNX graph as an OpenVINO xml file, its weights beside it; arguments as `quantize_openvino`."""
     with unreported():
         import openvino

@@ -112,12 +112,13 @@ def export_looks(
         folder: Made as needed. `looks.json` is written last; what was cut off does not load.
         runtime: "onnx" or "openvino".
         dtype: Of the weights, "fp32", "fp16" or "int8": onnxruntime's dynamic quantisation, or NNCF's, which takes
-            ranges from 32 of the calibration's rows; the others calibrate the thresholds.
+            ranges from 32 of the calibration's rows; the others calibrate the thresholds. Where the full model in int8
+            breaks the promise by itself, it stays in float32.
         calibration: Rows like those to come, as in `tuning.tune`; labels are needed for a tolerance only.
         max_length: Tokens kept of a text. None: all the tokenizer allows.
 
     Raises:
-        ValueError: An argument is not allowed, the folder holds other things, or no thresholds keep the promise.
+        ValueError: An argument is not allowed, the folder holds other things, or rows are too few for the promise.
         OSError: A file cannot be written.
         RuntimeError: A graph in float32 does not answer as the model does.
         ImportError: A package is missing.
@@ -128,7 +129,7 @@ def export_looks(
     looks = _describe(ours, tokenizer, max_length)
     _check_looks(looks, ours.config, dtype, calibration is not None)
     names = _graph_names(looks.costs, runtime, dtype)
-    _check_folder(folder, ours.config, runtime, names)
+    _check_folder(folder, ours.config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".export") as place:
         made = Path(place)
@@ -141,12 +142,12 @@ def export_looks(
         graphs: LooksClassifier = reference
         if (runtime, dtype) != ("onnx", "fp32"):
             graphs = _convert(reference, made, runtime, dtype, names, [rows[row] for row in of_ranges])
-            for model_, graph in zip(traced, graphs.graphs, strict=True):
-                model_.check(graph, dtype)
+            for of_look, graph in zip(traced, graphs.graphs, strict=True):
+                of_look.check(graph, dtype)
         looks = graphs.looks
         if calibration is not None:
             places = np.setdiff1d(np.arange(len(rows)), of_ranges)
-            looks = _calibrate(reference, graphs, rows, places, ours.config, calibration)
+            looks = _calibrate(reference, graphs, rows, places, ours.config, calibration, made)
         _move(made, folder, looks)
     return LooksExport(folder, looks, taken)
 
@@ -190,8 +191,8 @@ def _check_looks(looks: Looks, config: Any, dtype: str, calibrated: bool) -> Non
         )
 
 
-def _check_folder(folder: Path, config: Any, runtime: str, names: Sequence[str]) -> None:
-    """Raises ValueError where a file would be written over that is not of an earlier export."""
+def _check_folder(folder: Path, config: Any) -> None:
+    """Raises ValueError where it is of another model."""
     path = folder / "config.json"
     if path.is_file():
         kind = json.loads(path.read_text("utf-8")).get("model_type")
@@ -200,24 +201,22 @@ def _check_folder(folder: Path, config: Any, runtime: str, names: Sequence[str])
                 f"folder must be a new one, or one of a {config.backbone_model_type} model, got {folder} with a "
                 f"config.json of type {kind!r}."
             )
-    for name in names:
-        if name != "model.onnx":  # which may be taken
-            _check_replaceable(folder, f"{runtime}/{name}")
 
 
-def _check_replaceable(folder: Path, name: str) -> None:
-    path = folder / name
-    if not path.is_file():
-        return
+def _check_replaceable(folder: Path, looks: Looks) -> None:
+    """Raises ValueError where a graph would be written over that is neither this one nor of an earlier export."""
     try:
-        before = read_looks(path.with_name(LOOKS_FILE)).sha256.get(name)
+        before = read_looks(folder / looks.runtime / LOOKS_FILE).sha256
     except ExportError:
-        before = None
-    if before != file_digest(path):
-        raise ValueError(
-            f"folder must not hold graphs of other exporters that answer otherwise, got {path}: remove it, or name "
-            "another folder."
-        )
+        before = {}
+    for name, digest in looks.sha256.items():
+        path = folder / name
+        ours = path.name.startswith("look_") or path.name == TOKENIZER_FILE
+        if not ours and path.is_file() and file_digest(path) not in (digest, before.get(name)):
+            raise ValueError(
+                f"folder must not hold graphs of other exporters that answer otherwise, got {path}: remove it, or name "
+                "another folder."
+            )
 
 
 def _describe(model: Any, tokenizer: Any, max_length: int | None) -> Looks:
@@ -277,8 +276,6 @@ def _write_float32(model: Any, tokenizer: Any, looks: Looks, made: Path, there: 
         if name == there.name and there.is_file():
             shutil.copyfile(there, path)
             taken = _answers_right(traced[-1], path)
-            if not taken:
-                _check_replaceable(there.parents[1], f"onnx/{name}")
         if not taken or budget < 1.0:
             traced[-1].write(path)
     write_json(made / "onnx" / LOOKS_FILE, replace(looks, sha256=_digests(made, "onnx", looks.graphs)).to_dict())
@@ -351,8 +348,12 @@ def _calibrate(
     places: np.ndarray,
     config: Any,
     calibration: "Dataset",
+    made: Path,
 ) -> Looks:
     """The looks of these graphs, with a threshold that keeps the promise towards the full model in float32.
+
+    Where the full model's own graph changes too many answers for that, or nothing is saved, its place is taken by the
+    one in float32.
 
     Args:
         reference: The same looks in float32.
@@ -361,6 +362,7 @@ def _calibrate(
         places: (n,), of those that count.
         config: Of the model.
         calibration: Where labels are, if the promise needs them.
+        made: Folder of the graphs.
     """
     looks, kind = graphs.looks, config.problem_type
     if not has_confidence(config):
@@ -385,12 +387,8 @@ def _calibrate(
     )
     tuning = tune_looks([first], asked["risk"], asked["level"], asked["confidence"])
     if tuning.looks == [1.0] and graphs is not reference:
-        raise ValueError(
-            f"calibration must show that {looks.dtype} graphs keep the promise of a {asked['risk']} of at most "
-            f"{asked['level']:g} and save work, got {len(places)} rows that show neither; the full model in "
-            f"{looks.dtype} labels {1 - agreement[1]:.2%} of them differently: give more rows, promise less "
-            "(budgetformer tune), or export in fp32."
-        )
+        looks, agreement = _keep_full_model(looks, made), [agreement[0], 1.0]
+        tuning = tune_looks([replace(first, doubted_losses=None)], asked["risk"], asked["level"], asked["confidence"])
     kept = slice(1, 2) if tuning.looks == [1.0] else slice(0, len(tuning.looks))
     names = looks.graphs[kept]
     return replace(
@@ -404,8 +402,18 @@ def _calibrate(
     )
 
 
+def _keep_full_model(looks: Looks, made: Path) -> Looks:
+    """The looks, the last of them in float32."""
+    [name] = _graph_names([1.0], looks.runtime, "fp32")
+    if looks.runtime == "openvino":
+        write_openvino(made / "onnx" / "model.onnx", made / looks.runtime / name, "fp32")
+    names = [*looks.graphs[:-1], name]
+    return replace(looks, graphs=names, sha256=_digests(made, looks.runtime, names))
+
+
 def _move(made: Path, folder: Path, looks: Looks) -> None:
     """Moves into the folder what `looks` needs, which is written last: without it, or with another, nothing loads."""
+    _check_replaceable(folder, looks)
     files = [path.name for path in made.iterdir() if path.is_file()]
     if any(folder.glob("*.safetensors")):  # of the stock model, whose configuration it is
         files.remove("config.json")
