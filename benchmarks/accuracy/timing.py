@@ -28,7 +28,8 @@ HERE = Path(__file__).resolve().parent
 CONSTANTS = (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 2)
 # First look, and share of the rows that the full model looks at.
 LOOKS = ((1 / 6, 0.0833), (1 / 12, 0.1667), (1 / 6, 0.1633), (1 / 12, 0.2467), (1 / 6, 0.3333), (1 / 4, 0.25))
-ROWS = 256
+# Tokens of the rows that are timed, at most, and rows.
+TOKENS, ROWS = 4096, 256
 
 
 def time_rows(rows: datasets.Dataset, repeats: int, leaving: dict[float, np.ndarray]) -> dict[str, float]:
@@ -123,11 +124,13 @@ def main(arguments: list[str] | None = None) -> None:
     runs = read_runs(options.work, settings)
     for name in options.data_sets or settings["data"]:
         own = settings["data"][name]
-        limits = {"calibration": 1, "test": ROWS, **own, "train": 16}
+        limits = {**own, "calibration": 1, "test": ROWS, "train": 16}
         exits = runs[name]["exits"][0]
         leaving = {mean: exits.exits(mean)["left"] for mean in MEANS}
-        ratios = time_rows(read_rows(options.data, name, limits).test, options.repeats, leaving)
-        found[name] = {"threads": options.threads, "environment": environment(), "ratios": ratios}
+        rows = read_rows(options.data, name, limits).test
+        count = max(32, int((np.cumsum([len(x) for x in rows["input_ids"][:]]) <= TOKENS).sum()))
+        ratios = time_rows(rows.select(range(count)), options.repeats, leaving)
+        found[name] = {"threads": options.threads, "rows": count, "environment": environment(), "ratios": ratios}
         print(name, {key: round(value, 3) for key, value in ratios.items()}, flush=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
 
