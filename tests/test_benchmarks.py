@@ -313,6 +313,7 @@ def test_missing_files_are_named(tmp_path):
 
 def test_every_experiment_has_valid_settings_and_every_target_a_source():
     settings = {path.stem: run.read_settings(path) for path in BENCHMARKS.glob("experiments/*.json")}
+    settings |= {path.stem: run.read_settings(path) for path in BENCHMARKS.glob("experiments/exported/*.json")}
     assert all(x["repeats"] >= 7 for x in settings.values())
     for path in BENCHMARKS.glob("experiments/quick/*.json"):
         assert run.read_settings(path)["level"] in run.LEVELS
@@ -328,6 +329,8 @@ def test_every_experiment_has_valid_settings_and_every_target_a_source():
             assert kind in {f"{cell['data']} float32" for cell in source["cells"]}
         elif source["level"] == "cells":
             assert kind == "worst"
+        elif source["level"] == "exported":
+            assert kind in {f"looks, {name}" for name in source["graphs"]}
         else:
             ways = [f"ours {level_model.name_of(budget)}" for budget in source["budgets"]]
             looks = [level_model.looks_name(*pair) for pair in source["looks"]]
