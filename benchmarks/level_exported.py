@@ -142,9 +142,8 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     agreement = Agreement(settings["dtype"])
     ours = ask_torch(lambda rows, size: answer_split(model, rows, size, budget=1.0), tokenizer, settings, timed)[0]
     agreement.check("ours 1", torch.from_numpy(ours), torch.from_numpy(full[: len(timed)]))
-    figures: dict[str, Any] = {
-        "torch promise": describe_promise(model.config.promise) if model.config.promise else None
-    }
+    promise = kept_promise(model.config)
+    figures: dict[str, Any] = {"promise": None if promise is None else describe_promise(promise)}
     with TemporaryDirectory() as place:
         export_all(model, tokenizer, calibration, settings, Path(place))
         for threads in settings["threads"]:
