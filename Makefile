@@ -43,7 +43,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/report.py build/benchmarks/results build/benchmarks
 
 bench-full: $(VENV)/.installed
-	@test -n "$(DATA)" || { echo 'usage: make bench-full DATA=folder [BENCH_ARGS="--checkpoint folder --resume"]'; exit 2; }
+	@test -n "$(DATA)" || { echo 'usage: make bench-full DATA=folder [BENCH_ARGS="--resume"]'; exit 2; }
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py benchmarks/experiments/*.json --data "$(DATA)" $(BENCH_ARGS)
 	$(BIN)/python benchmarks/report.py
 

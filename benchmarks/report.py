@@ -9,6 +9,7 @@ from accuracy.report import kept
 from accuracy.report import plot as accuracy_plot
 from accuracy.report import tables as accuracy_tables
 from level_deferred import section as deferred_section
+from level_exported import section as exported_section
 from measure import table
 from paper.report import tables as paper_tables
 from reranking import section as reranking_section
@@ -160,7 +161,13 @@ def training_section(result: dict[str, Any]) -> str:
     return "\n" + table(head, rows)
 
 
-SECTIONS = {"model": model_section, "cells": cells_section, "training": training_section, "deferred": deferred_section}
+SECTIONS = {
+    "model": model_section,
+    "cells": cells_section,
+    "training": training_section,
+    "deferred": deferred_section,
+    "exported": exported_section,
+}
 
 
 def target_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import level_cells
 import level_deferred
+import level_exported
 import level_model
 import level_training
 import torch
@@ -27,6 +28,7 @@ LEVELS: dict[str, Any] = {
     "cells": level_cells,
     "training": level_training,
     "deferred": level_deferred,
+    "exported": level_exported,
 }
 
 
@@ -66,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiments", nargs="+", type=Path, help="JSON files, see benchmarks/experiments")
     parser.add_argument("--data", type=Path, help="folder of <name>/test.parquet, or one file of texts for all")
+    parser.add_argument("--checkpoints", type=Path, help="folder of trained models by data set, for exported looks")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--resume", action="store_true", help="skip what has a result of the same settings and commit")
     options = parser.parse_args(arguments)

@@ -317,6 +317,7 @@ def test_missing_files_are_named(tmp_path):
 
 def test_every_experiment_has_valid_settings_and_every_target_a_source():
     settings = {path.stem: run.read_settings(path) for path in BENCHMARKS.glob("experiments/*.json")}
+    settings |= {path.stem: run.read_settings(path) for path in BENCHMARKS.glob("experiments/exported/*.json")}
     assert all(x["repeats"] >= 7 for x in settings.values())
     for path in BENCHMARKS.glob("experiments/quick/*.json"):
         assert run.read_settings(path)["level"] in run.LEVELS
@@ -333,6 +334,8 @@ def test_every_experiment_has_valid_settings_and_every_target_a_source():
         elif source["level"] == "cells":
             cells = len(level_cells.list_cells(source)) * len(source["budgets"])
             assert kind == "worst" or rest[0] < cells
+        elif source["level"] == "exported":
+            assert kind in {f"looks, {name}" for name in source["graphs"]}
         else:
             ways = [f"ours {level_model.name_of(budget)}" for budget in source["budgets"]]
             looks = [level_model.looks_name(*pair) for pair in source["looks"]]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from hf_budgetformer.runtime import OnnxClassifier
 from hf_budgetformer.tools.batching import batches_by_length
 from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.evaluation import evaluate_budgets
@@ -126,6 +127,15 @@ def test_the_cut_model_is_smaller_and_onnxruntime_answers_as_it_does(place):
             assert np.abs(model(**batch).logits.numpy() - logits).max() < 1e-4
         correct += (logits.argmax(-1) == np.array(rows["label"])[places]).sum()
     assert correct == result["correct"]
+
+
+def test_the_exported_looks_answer_as_a_plain_call_does(place):
+    rows = read_table(str(place / "test.parquet"))
+    plain = kept(place / "out", "evaluation")
+    answers = OnnxClassifier(place / "served")(list(rows["text"]))
+    names = rows.features["label"].int2str(rows["label"])
+    assert (answers.labels == np.array(names)).sum() == by_budget(plain, "correct")[None]
+    assert answers.spent.mean() == pytest.approx(by_budget(plain, "spent")[None], abs=1e-3)
 
 
 def test_the_card_tells_what_was_found(place):
