@@ -299,7 +299,7 @@ def test_a_config_saved_alone_names_and_holds_its_own_code_only(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_shipped_code_imports_only_its_neighbours_and_what_everyone_has(name):
-    allowed = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors"} | sys.stdlib_module_names
     neighbours, others = set(), set()
     for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
         if isinstance(node, ast.Import):

@@ -177,13 +177,20 @@ def test_taught_rows_are_given_unlabelled_and_mixed_ones_with_the_teachers_answe
         assert row["labels"] == logits.argmax().item()
 
 
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_a_teacher_of_another_kind_gives_labels_of_its_kind(tokenizer, tokenized, problem):
+    teacher = stock_teacher(num_labels=1 if problem == "regression" else 3, problem_type=problem)
+    taught = taught_rows(tokenized.select(range(8)), teacher, tokenizer)
+    logits = torch.tensor(taught["teacher_logits"][:])
+    expected = logits[:, 0] if problem == "regression" else (logits > 0).float()
+    torch.testing.assert_close(torch.tensor(taught["labels"][:]), expected)
+
+
 def test_rows_that_cannot_be_taught_are_refused(tokenizer, tokenized, texts):
     with pytest.raises(ValueError, match="mixed must be an integer >= 0, got -1"):
         taught_rows(tokenized, stock_teacher(), tokenizer, mixed=-1)
     with pytest.raises(ValueError, match=r"must have a column 'input_ids', got the columns \['text', 'label'\]"):
         taught_rows(texts, stock_teacher(), tokenizer)
-    with pytest.raises(ValueError, match="teacher must be a classifier of two labels or more"):
-        taught_rows(tokenized, stock_teacher(num_labels=1), tokenizer)
 
 
 # A full model that stays as it is
