@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import ClassLabel
 from transformers import AutoModelForSequenceClassification, TextClassificationPipeline, pipeline, set_seed
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import hf_budgetformer.tools.export
@@ -648,8 +649,10 @@ def test_bars_have_totals_and_are_drawn_on_a_terminal_alone(model, data, tmp_pat
     assert "%" not in run(*asked, tmp_path / "quiet.jsonl")[2]
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    logging.enable_progress_bar()  # conftest turns them off
     for arguments in ([*asked, tmp_path / "loud.jsonl"], ["profile", model, data, "--rows", 4, "--repeats", 1]):
         with pytest.raises(SystemExit):
             cli.main([str(argument) for argument in arguments])
+    logging.disable_progress_bar()
     assert re.search(r"Predicting: +100%\|.*64/64", terminal.getvalue())
     assert re.search(r"Timing batches: .*\d+/12 ", terminal.getvalue())

@@ -506,7 +506,7 @@ def test_the_example_has_a_default_checkpoint(tmp_path, monkeypatch, capsys):
         (["--model", "absent/folder"], "one of the arguments --repo --local is required"),
         (["--local", "here", "--repo", "there"], "not allowed with argument"),
         (["--model", "absent/folder", "--local", "{tmp}/new"], "error: --model absent/folder: "),
-        (["--model", "{tmp}/broken", "--local", "{tmp}/new"], "/broken: Error while deserializing header"),
+        (["--model", "{tmp}/broken", "--local", "{tmp}/new"], "config.json or weights are damaged: SafetensorError"),
         (["--model", "{tmp}/other", "--local", "{tmp}/new"], "'gpt2': supported are ['bert', "),
         (["--model", "{tmp}/other", "--local", "{tmp}/other"], "--local must be a new or empty folder, got"),
         (["--model", "{tmp}/other", "--local", "{tmp}/other/config.json"], "--local must be a new or empty folder"),

@@ -1,6 +1,8 @@
 """The recipe: teacher logits through a column, mixed rows, a full model that stays as it is, and the two stages."""
 
 import copy
+import json
+import os
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from conftest import STOCK, budgetformer, equal_shares, stock_classifier, stock_config
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits
-from hf_budgetformer.tools.recipe import label_names, taught_rows, train_classifier
+from hf_budgetformer.tools.recipe import label_names, last_checkpoint, taught_rows, train_classifier
 from hf_budgetformer.tools.training import mix_rows
 
 
@@ -251,6 +253,38 @@ def test_two_stages_leave_the_teacher_in_the_model_bit_for_bit(plain, texts, tmp
     assert model.config.margins is not None
     assert found["teacher"] == str(tmp_path / "out" / "teacher")
     assert 0.0 <= found["validation"]["eval_accuracy"] <= 1.0
+
+
+def test_the_last_checkpoint_is_whole_unfinished_and_of_this_run(tmp_path):
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"global_step": step, "max_steps": 12}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "checkpoint-11").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_step": 11, "max_')
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "record.json").write_text("{}")
+    later = (tmp_path / "record.json").stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "record.json", ns=(later, later))
+    assert last_checkpoint(tmp_path, since=tmp_path / "record.json") is None
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_in_either_stage(plain, texts, tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "resume_from_checkpoint": "last", "lr_scheduler_type": "constant"}
+    train_classifier(plain, texts, arguments_for(tmp_path / "out", **options))
+    weights = [tmp_path / "out" / name for name in ("model.safetensors", "teacher/model.safetensors")]
+    before = [path.read_bytes() for path in weights]
+    taught = weights[1].stat().st_mtime_ns
+    weights[0].write_bytes(before[0][:100])
+    train_classifier(plain, texts, arguments_for(tmp_path / "out", **options))
+    assert weights[1].stat().st_mtime_ns == taught
+    assert [path.read_bytes() for path in weights] == before
+    (tmp_path / "out" / "teacher" / "budgetformer" / "training.json").unlink()
+    weights[1].write_bytes(before[1][:100])
+    train_classifier(plain, texts, arguments_for(tmp_path / "out", **options))
+    assert [path.read_bytes() for path in weights] == before
 
 
 def test_a_fine_tuned_checkpoint_stays_as_it_is(plain, texts, tmp_path):

@@ -220,7 +220,9 @@ def _check_labels(
 
 
 def last_checkpoint(folder: str | Path, since: Path | None = None) -> str | None:
-    """The last checkpoint of a Trainer in a folder that was written to its end.
+    """The last checkpoint of a Trainer in a folder that was written to its end, and from which there are steps to take.
+
+    Going on from one after the last step, a Trainer takes one more.
 
     Args:
         folder: The Trainer's `output_dir`.
@@ -233,11 +235,11 @@ def last_checkpoint(folder: str | Path, since: Path | None = None) -> str | None
     steps: dict[int, str] = {}
     for state in Path(folder).glob("checkpoint-*/trainer_state.json"):  # what the Trainer writes last
         try:
-            json.loads(state.read_text("utf-8"))
+            values = json.loads(state.read_text("utf-8"))
         except ValueError:
             continue
-        if state.stat().st_mtime_ns >= oldest:
-            steps[int(state.parent.name.rpartition("-")[2])] = str(state.parent)
+        if values["global_step"] < values["max_steps"] and state.stat().st_mtime_ns >= oldest:
+            steps[values["global_step"]] = str(state.parent)
     return steps[max(steps)] if steps else None
 
 
@@ -289,9 +291,9 @@ def train_classifier(
         checkpoint: Folder or Hub id of a BERT or RoBERTa model.
         train: Rows with text, text_pair if there are two, and label, as `tools.tables.read_table` returns them. Lists
             as labels make a classifier of several labels at once, floats a regression.
-        arguments: Of the Trainer. With `resume_from_checkpoint` stage two goes on, and stage one is not repeated; "last"
-            goes on, in either stage, from the last checkpoint that was written to its end, or begins where there is
-            none. Give the `seed` of the first run then, for it draws the mixed rows too.
+        arguments: Of the Trainer. With `resume_from_checkpoint` stage two goes on, and stage one is not repeated;
+            "last" goes on, in either stage, from what `last_checkpoint` finds, or begins where there is none. Give the
+            `seed` of the first run then, for it draws the mixed rows too.
         validation: Rows to evaluate on while training, if the arguments say so, and at the end; with it budgets between
             the narrow one and 1 can be asked for.
         fine_tuned: Whether `checkpoint` is a classifier for these labels already, and stays as it is: no stage one.
