@@ -644,15 +644,23 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_bars_have_totals_and_are_drawn_on_a_terminal_alone(model, data, tmp_path, run, monkeypatch):
+def test_bars_have_totals_and_are_drawn_on_a_terminal_alone(model, data, tmp_path, tokenizer, run, monkeypatch):
+    plain = stock_folder("bert", tmp_path / "plain")
+    tokenizer.save_pretrained(plain)
     asked = ["predict", model, "--file", data, "--output"]
     assert "%" not in run(*asked, tmp_path / "quiet.jsonl")[2]
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     logging.enable_progress_bar()  # conftest turns them off
-    for arguments in ([*asked, tmp_path / "loud.jsonl"], ["profile", model, data, "--rows", 4, "--repeats", 1]):
+    for arguments in (
+        [*asked, tmp_path / "loud.jsonl"],
+        ["profile", model, data, "--rows", 4, "--repeats", 1],
+        ["train", plain, data, "--output", tmp_path / "out", "--max_steps", 2, "--use_cpu", "--save_strategy", "no"],
+    ):
         with pytest.raises(SystemExit):
             cli.main([str(argument) for argument in arguments])
     logging.disable_progress_bar()
     assert re.search(r"Predicting: +100%\|.*64/64", terminal.getvalue())
+    for name in ("Stage 1 of 2, the plain model", "Stage 2 of 2, the narrow encoder"):
+        assert re.search(rf"{name}: +100%\|.*2/2", terminal.getvalue())
     assert re.search(r"Timing batches: .*\d+/12 ", terminal.getvalue())

@@ -166,8 +166,7 @@ def _parse_training_arguments(given: list[str], device: str | None, own_options:
 
     parser.error = refuse
     kind = None if device is None else _device_type(device)
-    if not sys.stderr.isatty():  # bars are for people, not for logs
-        parser.set_defaults(disable_tqdm=True)
+    parser.set_defaults(disable_tqdm=not sys.stderr.isatty())  # bars are for people, not for logs
     if kind == "cpu":
         given = [*given, "--use_cpu"]
     arguments, unknown = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
