@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import evaluate
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from docstrings import load_docstrings
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 DOCSTRINGS = "docstrings"
+METRIC = importlib.resources.files("hf_budgetformer.metrics") / "budgetformer"
 
 
 def demo_checkpoint() -> str:
@@ -106,20 +108,15 @@ class Answers(NamedTuple):
 
     Args:
         labels: (rows,), int64.
-        correct: (rows,), bool.
-        budget: Mean share of the full model's work that was spent.
+        references: (rows,), int64, the right ones.
+        budgets: (rows,), share of the full model's work that was spent.
         seconds: For all of them, the model's alone.
     """
 
     labels: torch.Tensor
-    correct: torch.Tensor
-    budget: float
+    references: torch.Tensor
+    budgets: torch.Tensor
     seconds: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the rows that are right."""
-        return self.correct.double().mean().item()
 
 
 @torch.inference_mode()
@@ -140,20 +137,29 @@ def answer(model: Any, batches: list[dict[str, torch.Tensor]], budget: float | N
     labels = torch.cat([output.logits.argmax(-1).cpu() for output in outputs])
     seconds = time.perf_counter() - start
     spent = [output.get("budget", torch.ones(len(output.logits))).cpu() for output in outputs]
-    correct = labels == torch.cat([batch["labels"] for batch in batches])
-    return Answers(labels, correct, torch.cat(spent).mean().item(), seconds)
+    references = torch.cat([batch["labels"] for batch in batches])
+    return Answers(labels, references, torch.cat(spent), seconds)
 
 
 def print_table(rows: dict[str, Answers], reference: str) -> None:
-    """Prints accuracy, agreement with the answers of one row, seconds and mean budget, one row for each name."""
+    """Prints the package's metric and seconds, one row for each name; agreement is with the answers of one of them."""
+    metric = evaluate.load(str(METRIC))
     width = max(map(len, rows))
     expected = rows[reference]
-    print(f"\n{'':<{width}}  accuracy  agreement  seconds  budget")
+    print(f"\n{'':<{width}}  accuracy  agreement  seconds  budget  doubtful")
     for name, found in rows.items():
-        agreement = (found.labels == expected.labels).double().mean().item()
-        print(
-            f"{name:<{width}}  {found.accuracy:>8.4f}  {agreement:>9.4f}  {found.seconds:>7.2f}  {found.budget:>6.3f}"
+        kept = metric.compute(
+            predictions=found.labels,
+            references=found.references,
+            full_predictions=expected.labels,
+            budgets=found.budgets,
         )
-    error = (expected.accuracy * (1.0 - expected.accuracy) / len(expected.labels)) ** 0.5
+        print(
+            f"{name:<{width}}  {kept['accuracy']:>8.4f}  {kept['agreement']:>9.4f}  {found.seconds:>7.2f}  "
+            f"{kept['mean_budget']:>6.3f}  {kept['doubtful']:>8.3f}"
+        )
+    accuracy = (expected.labels == expected.references).double().mean().item()
+    error = (accuracy * (1.0 - accuracy) / len(expected.labels)) ** 0.5
     print(f"{len(expected.labels)} texts; the standard error of an accuracy is {error:.3f}.")
-    print(f"Agreement: same label as {reference}. Budget: mean share of the full model's work.\n")
+    print(f"Agreement: same label as {reference}. Budget: mean share of the full model's work. Doubtful: share of the")
+    print("texts that the full model looked at after a cheaper look.\n")

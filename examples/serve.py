@@ -40,7 +40,7 @@ LONGEST_TEXT = 20_000  # characters; the model reads no more tokens than it has 
 LARGEST_REQUEST = 2**20  # bytes
 MOST_BATCHES = 8  # so many full batches of requests may wait for their answers
 SMOOTHING_SECONDS = 0.5
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST_TEXT)]
+Text = Annotated[str, StringConstraints(max_length=LONGEST_TEXT)]
 
 
 class Question(BaseModel):

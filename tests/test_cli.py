@@ -6,12 +6,15 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import ClassLabel
 from transformers import AutoModelForSequenceClassification, TextClassificationPipeline, pipeline, set_seed
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import hf_budgetformer.tools.export
@@ -465,7 +468,6 @@ def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tok
         (1, r"must have a column 'b', got the columns", ["tune", model, data, "--column", "text=b"]),
         (1, "without a config.json", ["evaluate", tmp_path, data]),
         (1, "must be a BudgetFormer, got the bert model .* train .* DATA", ["tune", plain, data]),
-        (1, r"budgets must be floats in \(0, 1\].*1\.5", ["evaluate", model, data, "--budgets", "1.5"]),
         (1, r"budget=0.5 lies between .*calibrate_margins", ["evaluate", model, data, "--budgets", "0.5"]),
         (1, r"disagreement must be larger for 64 rows.* it would take 408 rows", ["tune", model, data]),
         (
@@ -473,33 +475,40 @@ def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tok
             r"tolerance must be larger for 64 rows.* it would take \d+ ro",
             ["tune", model, data, "--tolerance", "0.01"],
         ),
-        (
-            1,
-            r"one of disagreement, .* must be given",
-            ["tune", model, data, "--tolerance", "0.1", "--mean-budget", "0.3"],
-        ),
         (1, r"mean_budget must pay for a first look at least", ["tune", model, data, "--mean-budget", "0.01"]),
-        (1, "output must not be the checkpoint's own folder", ["cut", model, "--budget", "0.25", "--output", model]),
         (1, r"budget must be a float in \(0, 0.25\]", ["cut", model, "--budget", "0.5", "--output", out]),
         (1, "Not a directory: .*file", ["train", plain, data, "--output", tmp_path / "file" / "x"]),
         (1, "plain model, or fine_tuned already, got the Bud", ["train", model, data, "--output", out]),
-        (1, "fine_tuned and together", [*train, "--fine-tuned", "--together"]),
-        (1, "unlabelled must be None with together=True", [*train, "--together", "--unlabelled", data]),
-        (1, "narrow_learning_rate must be a float > 0", [*train, "--narrow-learning-rate", "0"]),
         (2, "--learning_rate is of the full model, .*--narrow-", [*train, "--fine-tuned", "--learning-rate", "1e-4"]),
         (1, r"has the labels \['LABEL_0', .* the data have others.*--fine-tuned", [*train, "--fine-tuned"]),
         (1, r"has 3 labels, .* the data have 2, .*--new-head", ["train", plain, texts, "--output", out]),
-        (1, r"BudgetFormerConfig, got \['nope'\]", [*train, "--config", "nope=1"]),
-        (1, "narrow_budget.*got 5", [*train, "--config", "narrow_budget=5"]),
-        (1, "head_budget is a field of hf_budgetformer 0.1", [*train, "--config", "head_budget=0.5"]),
+        (1, r"labels must be two different names or more, got \['a', 'a'\]", [*train, "--labels", "a,a"]),
         (1, "need a BudgetFormer, got a bert model", ["predict", plain, "w1", "--spent"]),
-        (1, "nope", ["predict", model, "w1", "--device", "nope"]),
+        (2, "numbers in .0, 1., or plain, with commas", ["evaluate", model, data, "--budgets", "1.5"]),
+        (2, "one of --disagreement, .*may be given", ["tune", model, data, "--tolerance", "0.1", "--mean-budget", 0.3]),
+        (2, "of first looks, got 'plain'", ["tune", model, data, "--budgets", "plain"]),
+        (2, r"'--disagreement': must be a number in \(0, 1\), got 2", ["tune", model, data, "--disagreement", 2]),
+        (2, r"'--confidence': must be a number in \(0, 1\), got 95", ["tune", model, data, "--confidence", 95]),
+        (2, r"'--budget': must be a number in \(0, 1\], got 0", ["predict", model, "w1", "--budget", 0]),
+        (2, "'--batch-size': .*1", ["predict", model, "w1", "--batch-size", 0]),
+        (2, "'--rows': .*1", ["profile", model, data, "--rows", 0]),
+        (2, "--output must not be the checkpoint's own", ["cut", model, "--budget", "0.25", "--output", model]),
+        (2, "--fine-tuned and --together exclude each other", [*train, "--fine-tuned", "--together"]),
+        (2, "--unlabelled teaches a narrow encoder alone", [*train, "--together", "--unlabelled", data]),
+        (2, "'--narrow-learning-rate': must be a number above 0", [*train, "--narrow-learning-rate", "0"]),
+        (2, r"--config must name fields of BudgetFormerConfig, got \['nope'\]", [*train, "--config", "nope=1"]),
+        (2, "narrow_budget.*got 5", [*train, "--config", "narrow_budget=5"]),
+        (1, "head_budget is a field of hf_budgetformer 0.1", [*train, "--config", "head_budget=0.5"]),
+        (2, "--device must be cpu, cuda, .* got 'nope'", ["predict", model, "w1", "--device", "nope"]),
         (2, "numbers in .0, 1., or plain, with commas", ["evaluate", model, data, "--budgets", "all"]),
         (2, "numbers in .0, 1., or plain, with commas", ["evaluate", model, data, "--budgets", "1/0"]),
         (2, "Invalid value for '--max-length': .*1", ["evaluate", model, data, "--max-length", "0"]),
         (2, "Invalid value for '--max-length': .*1", ["predict", model, "w1", "--max-length", "-3"]),
         (2, "--column must be NAME=VALUE, got 'text'", ["evaluate", model, data, "--column", "text"]),
-        (2, "TrainingArguments knows --lerning_rate 1", [*train, "--lerning_rate", 1]),
+        (2, "No such option: --max_length .*--max-length", ["evaluate", model, data, "--max_length", "8"]),
+        (2, "knows --max_length 8: did you mean --max-length.", [*train, "--max_length", "8"]),
+        (2, "knows --lerning_rate 1: did you mean --learning-rate.", [*train, "--lerning_rate", 1]),
+        (2, "knows --wholly-other 1[.]$", [*train, "--wholly-other", 1]),
         (2, "invalid float value: 'x'", [*train, "--learning_rate", "x"]),
         (2, "CHECKPOINT and DATA come first, got --seed", ["train", "--seed", "1", plain, data, "--output", out]),
         (2, "must be a folder, or --dry-run be given, got me/model", ["tune", "me/model", data]),
@@ -510,7 +519,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tok
         found, printed, err = run(*arguments)
         assert (found, printed, err.count("\n")) == (code, "", 1), err
         assert re.search(message, err.strip()), err
-    assert not list(out.iterdir()) if out.exists() else True
+    assert not out.exists()
     assert not (Path(model) / "budgetformer").exists()
 
 
@@ -519,7 +528,156 @@ def test_debug_shows_the_traceback():
         cli.main(["--debug", "evaluate", "nowhere", "none.csv"])
 
 
-def test_a_missing_extra_names_the_command_that_installs_it(texts, tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    with pytest.raises(ImportError, match=r'pip install "hf-budgetformer\[cli\]"'):
-        evaluate_budgets(budgetformer("bert"), texts, tokenizer)
+def test_the_version_is_shown(run):
+    assert good(run("--version")) == f"hf-budgetformer {version('hf-budgetformer')}\n"
+
+
+def test_training_ends_with_what_plain_calls_answer_and_spend_beside_the_plain_model(tmp_path, data, tokenizer, run):
+    plain = stock_folder("bert", tmp_path / "plain")
+    tokenizer.save_pretrained(plain)
+    out = tmp_path / "out"
+    options = ["--validation", data, "--max_steps", 2, "--use_cpu", "--max-length", 6, "--logging_steps", 1, "--card"]
+    told = good(run("train", plain, data, "--output", out, *options))
+    plain_call, full = json.loads(good(run("evaluate", out, data, "--budgets", "plain,1", "--json")))["results"]
+    kept, spent = f"{plain_call['accuracy']:.1%}", f"{plain_call['spent']:.2f}"
+    assert told.endswith(f"accuracy {kept} at a mean budget of {spent}; the plain model's is {full['accuracy']:.1%}.\n")
+    teacher = json.loads(good(run("evaluate", out / "teacher", data, "--json")))["results"]
+    assert teacher[0]["accuracy"] == full["accuracy"]
+
+    training = training_of(out)
+    assert [entry["loss"] for entry in training["stage_one_log_history"] if "loss" in entry]
+    assert training["stage_one_seconds"] > 0.0
+    card = (out / "README.md").read_text("utf-8")
+    minutes = (training["stage_one_seconds"] + training["seconds"]) / 60
+    assert f"in {minutes:.1f} minutes, {training['stage_one_seconds'] / 60:.1f} of them for the plain model." in card
+    assert f"(accuracy on the validation rows {full['accuracy']:.1%})" in card
+
+
+def test_the_length_that_texts_are_cut_to_is_remembered(tmp_path, data, tokenizer, run):
+    plain = stock_folder("bert", tmp_path / "plain")
+    tokenizer.save_pretrained(plain)
+    out, options = tmp_path / "out", ["--max_steps", 1, "--use_cpu"]
+    good(run("train", plain, data, "--output", out, "--max-length", 6, *options))
+    long, short = " ".join(["w1"] * 4 + ["w25"] * 12), "w1 w1 w1 w1"
+    assert good(run("predict", out, long)) == good(run("predict", out, short))
+    assert good(run("predict", out, long, "--max-length", 16)) != good(run("predict", out, short))
+    for folder in (out, out / "teacher"):
+        assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 6
+    [profiled] = [json.loads(good(run("profile", out, data, "--rows", 8, "--repeats", 1, "--budgets", "1", "--json")))]
+    assert profiled["settings"]["tokens"]["real"] <= 8 * 6
+
+
+def test_labels_are_named_by_the_option_or_the_files_class_label(tmp_path, texts, tokenizer, run):
+    plain = stock_folder("bert", tmp_path / "plain")
+    tokenizer.save_pretrained(plain)
+    texts.to_csv(tmp_path / "numbers.csv")
+    texts.cast_column("label", ClassLabel(names=NAMES)).to_parquet(tmp_path / "named.parquet")
+    options = ["--max_steps", 1, "--use_cpu"]
+    good(run("train", plain, tmp_path / "numbers.csv", "--output", tmp_path / "a", "--labels", "x, y,z", *options))
+    good(run("train", plain, tmp_path / "named.parquet", "--output", tmp_path / "b", *options))
+    again = ["--fine-tuned", "--labels", ",".join(NAMES)]
+    good(run("train", tmp_path / "a", tmp_path / "named.parquet", "--output", tmp_path / "c", *again, *options))
+    for folder, names in (("a", ["x", "y", "z"]), ("b", NAMES), ("c", NAMES)):
+        assert load_classifier(str(tmp_path / folder))[0].config.id2label == dict(enumerate(names))
+
+
+@pytest.mark.parametrize("kind", ["several", "number", "bool"])
+def test_labels_of_every_kind_go_through_the_command_line(kind, tmp_path, texts, tokenizer, run):
+    def label(number):
+        several = [NAMES[number]] * (number > 0) + ["odd"] * (number % 2)
+        return {"several": several, "number": number + 0.5, "bool": number == 1}[kind]
+
+    rows = [{"text": row["text"], "label": label(row["label"])} for row in texts]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    stock_classifier("bert").bert.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    out, options = (
+        tmp_path / "out",
+        ["--validation", data, "--max_steps", 2, "--use_cpu", "--logging_steps", 1, "--card"],
+    )
+    told = good(run("train", tmp_path / "base", data, "--output", out, *options))
+    evaluated = json.loads(good(run("evaluate", out, data, "--json")))["results"]
+    answers = [json.loads(line) for line in good(run("predict", out, texts["text"][0], texts["text"][1])).splitlines()]
+    model, _ = load_classifier(str(out))
+    with torch.no_grad():
+        logits = model(**tokenizer(texts["text"][0], return_tensors="pt")).logits[0]
+    if kind == "number":
+        assert evaluated[0]["error"] > 0.0
+        assert f"error {evaluated[-1]['error']:.4f}" in told
+        assert answers[0] == {"row": 0, "score": pytest.approx(logits.item(), abs=1e-5)}
+        assert "labels to choose from" in run("tune", out, data)[2]
+        return
+    assert f"accuracy {evaluated[-1]['accuracy']:.1%}" in told
+    good(run("tune", out, data, "--disagreement", "0.3"))
+    if kind == "bool":
+        assert answers[0]["label"] in ("False", "True")
+        return
+    assert model.config.id2label == dict(enumerate(["high", "middle", "odd"]))
+    expected = [model.config.id2label[number] for number in (logits > 0).nonzero()[:, 0].tolist()]
+    assert answers[0]["labels"] == expected
+    assert answers[0]["scores"] == pytest.approx(logits.sigmoid()[logits > 0].tolist(), abs=1e-5)
+
+
+def test_a_cut_or_a_stock_model_refuses_budgets_that_it_cannot_spend(model, data, tmp_path, tokenizer, run):
+    good(run("cut", model, "--output", tmp_path / "small", "--budget", 0.25))
+    code, out, err = run("evaluate", tmp_path / "small", data, "--budgets", "1,1/8")
+    assert (code, out) == (1, "")
+    assert "at most 0.25 for a model that was cut to it, got 1" in err
+    found = json.loads(good(run("evaluate", tmp_path / "small", data, "--budgets", "1/8", "--json")))
+    assert found["results"][0]["spent"] <= 1 / 8
+    stock = stock_folder("bert", tmp_path / "stock", id2label=dict(enumerate(NAMES)))
+    tokenizer.save_pretrained(stock)
+    assert (
+        "budgets must be None for a bert model, which takes none" in run("evaluate", stock, data, "--budgets", "1")[2]
+    )
+    code, _, err = run("profile", tmp_path / "small", data, "--budgets", "1")
+    assert (code, "at most 0.25" in err) == (1, True)
+
+
+def test_tune_says_what_it_wrote(model, data, run):
+    promise = ["--disagreement", "0.3"]
+    config = Path(model) / "config.json"
+    assert "Written to" not in good(run("tune", model, data, *promise, "--dry-run"))
+    assert good(run("tune", model, data, *promise)).splitlines()[-1].startswith(f"Written to {config}: ")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
+def test_what_is_missing_or_damaged_of_a_checkpoint_is_named(model, name, damage, run):
+    path = Path(model) / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    if damage == "missing":
+        path.unlink()
+    code, out, err = run("predict", model, "w1")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert model in err
+    assert name in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_bars_have_totals_and_are_drawn_on_a_terminal_alone(model, data, tmp_path, tokenizer, run, monkeypatch):
+    plain = stock_folder("bert", tmp_path / "plain")
+    tokenizer.save_pretrained(plain)
+    asked = ["predict", model, "--file", data, "--output"]
+    assert "%" not in run(*asked, tmp_path / "quiet.jsonl")[2]
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    logging.enable_progress_bar()  # conftest turns them off
+    for arguments in (
+        [*asked, tmp_path / "loud.jsonl"],
+        ["profile", model, data, "--rows", 4, "--repeats", 1],
+        ["train", plain, data, "--output", tmp_path / "out", "--max_steps", 2, "--use_cpu", "--save_strategy", "no"],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([str(argument) for argument in arguments])
+    logging.disable_progress_bar()
+    assert re.search(r"Predicting: +100%\|.*64/64", terminal.getvalue())
+    for name in ("Stage 1 of 2, the plain model", "Stage 2 of 2, the narrow encoder"):
+        assert re.search(rf"{name}: +100%\|.*2/2", terminal.getvalue())
+    assert re.search(r"Timing batches: .*\d+/12 ", terminal.getvalue())

@@ -72,6 +72,8 @@ def test_results_are_what_the_model_says_of_all_rows_in_one_batch(backbone_type,
         assert (result.correct, result.accuracy) == (right(out, texts), right(out, texts) / 64)
         assert result.agreement == pytest.approx(same)
         assert result.spent == pytest.approx(out.budget.mean().item())
+        assert result.doubtful == (out.budget > 1.0).float().mean().item()
+    assert [result.doubtful for result in found.results] == [0.0, 0.5, 0.0]
     assert found.results[2].agreement == 1.0
     probability = full.logits.softmax(-1)
     assert found.inputs["entropy"] == pytest.approx((-(probability * probability.log()).sum(-1)).tolist(), abs=1e-4)
@@ -107,9 +109,45 @@ def test_models_without_budgets_are_tried_once(texts, tokenizer, answers):
     assert (result.asked, result.agreement) == (None, None)
     assert result.correct == right(answers(small), texts)
     assert result.spent == pytest.approx(small.narrow.widest.cost)
+    at_eighth = evaluate_budgets(small, texts, tokenizer, budgets=[1 / 8]).results[0]
+    assert at_eighth.correct == right(answers(small, 1 / 8), texts)
+    for model, message in ((small, "at most 0.25 for a model that was cut"), (stock_classifier("bert"), "for a bert")):
+        with pytest.raises(ValueError, match=message):
+            evaluate_budgets(model, texts, tokenizer, budgets=[1.0])
     found = evaluate_budgets(stock_classifier("bert"), texts, tokenizer)
     assert [(result.asked, result.spent) for result in found.results] == [(None, 1.0)]
     assert set(found.inputs) == {"length", "entropy", "spent"}
+
+
+def test_several_labels_are_right_where_all_are(texts, tokenizer, answers):
+    model = budgetformer("bert", problem_type="multi_label_classification", looks=[0.25, 1.0], confidence=[0.02])
+    rows = texts.map(lambda row: {"label": [row["label"], (row["label"] + 1) % 3]})
+    found = evaluate_budgets(model, rows, tokenizer, budgets=(1.0, 0.25, None))
+    labels = torch.zeros(64, 3)
+    for row, both in enumerate(rows["label"]):
+        labels[row, both] = 1.0
+    full = answers(model, 1.0).logits > 0
+    for result in found.results:
+        out = answers(model, result.asked)
+        assert result.correct == ((out.logits > 0) == labels.bool()).all(-1).sum()
+        assert result.agreement == pytest.approx(((out.logits > 0) == full).all(-1).float().mean().item())
+    probability = answers(model, 1.0).logits.sigmoid().clamp(1e-6, 1 - 1e-6)
+    entropy = -(probability * probability.log() + (1 - probability) * (1 - probability).log()).sum(-1)
+    assert found.inputs["entropy"] == pytest.approx(entropy.tolist(), abs=1e-4)
+
+
+def test_a_regression_has_an_error_in_place_of_an_accuracy(texts, tokenizer, answers):
+    model = budgetformer("bert", num_labels=1)
+    rows = texts.map(lambda row: {"label": row["label"] + 0.5})
+    found = evaluate_budgets(model, rows, tokenizer, budgets=(1.0, 0.25, None))
+    labels = torch.tensor(rows["label"][:])
+    for result in found.results:
+        error = (answers(model, result.asked).logits[:, 0] - labels).square().mean().sqrt().item()
+        assert result.error == pytest.approx(error, rel=1e-4)
+        assert (result.accuracy, result.agreement) == (None, None)
+    assert set(found.inputs) == {"length", "spent"}
+    assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert f"{found.results[1].error:.4f}" in str(found).splitlines()[2]
 
 
 def test_inputs_are_only_those_that_were_asked_for_and_not_too_many(texts, tokenizer, monkeypatch):

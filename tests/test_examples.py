@@ -162,7 +162,7 @@ def rows_of(table):
     """Name of each row of a printed table, with accuracy, agreement and mean budget."""
     found = {}
     for line in table.splitlines():
-        if match := re.fullmatch(r"(.+?) +(\d\.\d{4}) +(\d\.\d{4}) +[\d.]+ +(\d\.\d{3})", line):
+        if match := re.fullmatch(r"(.+?) +(\d\.\d{4}) +(\d\.\d{4}) +[\d.]+ +(\d\.\d{3}) +\d\.\d{3}", line):
             found[match[1]] = tuple(float(match[number]) for number in (2, 3, 4))
     return found
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 
 from conftest import budgetformer, stock_folder
 from hf_budgetformer.budgets import FULL_LOOK
 from hf_budgetformer.tools import page
 from hf_budgetformer.tools.evaluation import BudgetResult, Evaluation
 from hf_budgetformer.tools.narrowing import cut
-from hf_budgetformer.tools.results import save_result
+from hf_budgetformer.tools.results import save_result, write_json
 from hf_budgetformer.tools.tuning import calibrate_margins
 
 
@@ -139,12 +140,17 @@ def test_time_is_that_of_every_way_which_go_first_in_turn(model, tokenizer, monk
     assert calls == [0.125, 1.0, 1.0, 0.125]
 
 
-def test_a_text_that_is_empty_or_far_too_long_is_refused_and_a_long_one_cut(model, tokenizer):
+def test_an_empty_text_is_answered_as_the_model_answers_it(model, tokenizer):
+    label = ask(model, tokenizer, "").logits.argmax().item()
+    for text in ("", " \n"):
+        assert f"<b>{escaped(label)}</b>" in page.show_text(model, tokenizer, text, None)
+
+
+def test_a_text_that_is_far_too_long_is_refused_and_a_long_one_cut(model, tokenizer):
     assert "Only its first 32 tokens were read." in page.show_text(model, tokenizer, "w1 " * 31, 0.5)
     assert "Only its first" not in page.show_text(model, tokenizer, "w1 " * 30, 0.5)
-    for text in (" \n", "w" * 5001):
-        with pytest.raises(ValueError, match=r"A text must have 1 to 5,000 characters, got (0|5,001)"):
-            page.show_text(model, tokenizer, text, None)
+    with pytest.raises(ValueError, match=r"A text must have at most 5,000 characters, got 5,001"):
+        page.show_text(model, tokenizer, "w" * 5001, None)
 
 
 def test_a_budget_that_the_model_cannot_spend_is_refused(tokenizer):
@@ -193,6 +199,33 @@ def test_files_are_read(tmp_path):
     assert page.read_file(tmp_path / "c.txt") == {"text": ["one, two", "über"]}
 
 
+def test_a_parquet_file_is_read(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).to_parquet(tmp_path / "a.parquet")
+    assert page.read_file(tmp_path / "a.parquet") == {"text": ["a", "b"]}
+
+
+def test_the_page_starts_with_rows_of_the_users_data(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n,0\nw1,0\nw2,1\nw1,0\nw3,1\nw4,1\nw5,1\n")
+    (tmp_path / "other.csv").write_text("text\nw9\n")
+    write_json(tmp_path / "budgetformer" / "training.json", {"dataset": str(tmp_path / "rows.csv")})
+    assert page.starting_texts(str(tmp_path)) == ["w1", "w2", "w3", "w4"]
+    assert page.starting_texts(str(tmp_path), str(tmp_path / "other.csv")) == ["w9"]
+    assert page.starting_texts("me/model") == list(page.EXAMPLES)
+    for dataset in (None, "me/data", str(tmp_path / "gone.csv")):
+        write_json(tmp_path / "budgetformer" / "training.json", {"dataset": dataset})
+        assert page.starting_texts(str(tmp_path)) == list(page.EXAMPLES)
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        page.starting_texts(str(tmp_path), str(tmp_path / "gone.csv"))
+
+
+def test_a_number_field_that_was_emptied_is_told_and_no_crash(model, tokenizer):
+    pytest.importorskip("gradio")
+    blocks = page.build_page(model, tokenizer, "name")
+    answer = next(function.fn for function in blocks.fns.values() if function.name == "answer")
+    assert "A budget must be a number" in answer("w1", False, None)
+    assert "bf-label" in answer("w1", True, None)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -207,8 +240,13 @@ def test_files_are_read(tmp_path):
         ("a.csv", b"text\nw\nw,w\n", r"a\.csv: text 2 has more fields than the header"),
         ("a.txt", b"w\n" * 1001, r"a\.txt: text 1,001 is too much, .*: at most 1,000 texts"),
         ("a.txt", b"w\n" + b"w" * 5001, r"a\.txt: text 2 is too much, with 5,001 characters: .* 5,000 characters"),
-        ("a.txt", b"w" * 1_000_001, r"a\.txt must be a \.csv or \.txt file of at most 1,000,000 bytes, got 1,000,001"),
-        ("a.exe", b"w", r"a\.exe must be a \.csv or \.txt file"),
+        (
+            "a.txt",
+            b"w" * 1_000_001,
+            r"a\.txt must be a \.csv, \.parquet or \.txt file of at most 1,000,000 bytes, got 1,000,001",
+        ),
+        ("a.exe", b"w", r"a\.exe must be a \.csv, \.parquet or \.txt file"),
+        ("a.parquet", b"PAR1", r"a\.parquet is no parquet file"),
     ],
 )
 def test_a_bad_file_is_named_without_its_place_on_the_server(tmp_path, name, content, message):

@@ -133,6 +133,25 @@ def test_training_shows_every_log_and_its_running_mean(figure):
     assert right.lines[0].get_xydata()[-1].tolist() == pytest.approx([190, 0.1])
 
 
+def test_both_stages_are_drawn_with_the_accuracies_that_were_logged_more_than_once(figure, monkeypatch):
+    first = [{"step": n, "loss": 1.0 - n / 10} for n in range(5)]
+    first += [{"step": n, "eval_accuracy": n / 10} for n in (2, 4)]
+    second = [{"step": n, "loss": 1.0, "divergence": 1.0} for n in range(3)] + [{"step": 3, "eval_accuracy": 0.9}]
+    logs = {"log_history": second, "stage_one_log_history": first}
+    monkeypatch.setitem(PLOTS, "stages", lambda path: plots.plot_training(logs, path))
+    loss, accuracy, divergence = figure("stages").axes
+    assert [axis.get_title() for axis in (loss, accuracy, divergence)] == ["plain model"] * 2 + ["narrow encoder"]
+    assert loss.lines[0].get_ydata().tolist() == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6])
+    assert accuracy.lines[0].get_xydata().tolist() == [[2.0, 0.2], [4.0, 0.4]]
+    assert divergence.get_ylabel().startswith("divergence")
+
+
+def test_a_regression_has_no_accuracy_to_draw(tmp_path):
+    number = Evaluation(9, [BudgetResult(0.25, None, None, None, None, 0.24, 0.0, 1.5)], {}, {})
+    with pytest.raises(ValueError, match="got that of a regression"):
+        plots.plot_accuracy(number, tmp_path / "x.png")
+
+
 def test_a_frozen_model_that_was_not_run_has_no_task_loss_to_draw(figure, monkeypatch):
     logs = [{"step": n, "loss": 1.0, "divergence": 1.0} for n in range(3)]
     monkeypatch.setitem(PLOTS, "frozen", lambda path: plots.plot_training({"log_history": logs}, path))

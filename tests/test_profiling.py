@@ -146,7 +146,7 @@ def test_memory_is_that_of_weights_and_of_results_while_they_live():
 def test_a_larger_batch_takes_more_memory_and_cut_weights_less(texts, tokenizer):
     model = budgetformer("bert")
     one, many, small = (
-        cost_card(x, texts, tokenizer, (1.0,), batch_size=size, rows=6, repeats=1).results[0].peak_memory
+        cost_card(x, texts, tokenizer, (None,), batch_size=size, rows=6, repeats=1).results[0].peak_memory
         for x, size in ((model, 1), (model, 6), (cut(model, 0.25), 6))
     )
     assert one < many

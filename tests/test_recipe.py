@@ -1,6 +1,8 @@
 """The recipe: teacher logits through a column, mixed rows, a full model that stays as it is, and the two stages."""
 
 import copy
+import json
+import os
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from conftest import STOCK, budgetformer, equal_shares, stock_classifier, stock_config
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits
-from hf_budgetformer.tools.recipe import label_names, taught_rows, train_classifier
+from hf_budgetformer.tools.recipe import label_names, last_checkpoint, taught_rows, train_classifier
 from hf_budgetformer.tools.training import mix_rows
 
 
@@ -177,13 +179,20 @@ def test_taught_rows_are_given_unlabelled_and_mixed_ones_with_the_teachers_answe
         assert row["labels"] == logits.argmax().item()
 
 
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_a_teacher_of_another_kind_gives_labels_of_its_kind(tokenizer, tokenized, problem):
+    teacher = stock_teacher(num_labels=1 if problem == "regression" else 3, problem_type=problem)
+    taught = taught_rows(tokenized.select(range(8)), teacher, tokenizer)
+    logits = torch.tensor(taught["teacher_logits"][:])
+    expected = logits[:, 0] if problem == "regression" else (logits > 0).float()
+    torch.testing.assert_close(torch.tensor(taught["labels"][:]), expected)
+
+
 def test_rows_that_cannot_be_taught_are_refused(tokenizer, tokenized, texts):
     with pytest.raises(ValueError, match="mixed must be an integer >= 0, got -1"):
         taught_rows(tokenized, stock_teacher(), tokenizer, mixed=-1)
     with pytest.raises(ValueError, match=r"must have a column 'input_ids', got the columns \['text', 'label'\]"):
         taught_rows(texts, stock_teacher(), tokenizer)
-    with pytest.raises(ValueError, match="teacher must be a classifier of two labels or more"):
-        taught_rows(tokenized, stock_teacher(num_labels=1), tokenizer)
 
 
 # A full model that stays as it is
@@ -244,6 +253,38 @@ def test_two_stages_leave_the_teacher_in_the_model_bit_for_bit(plain, texts, tmp
     assert model.config.margins is not None
     assert found["teacher"] == str(tmp_path / "out" / "teacher")
     assert 0.0 <= found["validation"]["eval_accuracy"] <= 1.0
+
+
+def test_the_last_checkpoint_is_whole_unfinished_and_of_this_run(tmp_path):
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"global_step": step, "max_steps": 12}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "checkpoint-11").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_step": 11, "max_')
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "record.json").write_text("{}")
+    later = (tmp_path / "record.json").stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "record.json", ns=(later, later))
+    assert last_checkpoint(tmp_path, since=tmp_path / "record.json") is None
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_in_either_stage(plain, texts, tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "resume_from_checkpoint": "last", "lr_scheduler_type": "constant"}
+    train_classifier(plain, texts, arguments_for(tmp_path / "out", **options))
+    weights = [tmp_path / "out" / name for name in ("model.safetensors", "teacher/model.safetensors")]
+    before = [path.read_bytes() for path in weights]
+    taught = weights[1].stat().st_mtime_ns
+    weights[0].write_bytes(before[0][:100])
+    train_classifier(plain, texts, arguments_for(tmp_path / "out", **options))
+    assert weights[1].stat().st_mtime_ns == taught
+    assert [path.read_bytes() for path in weights] == before
+    (tmp_path / "out" / "teacher" / "budgetformer" / "training.json").unlink()
+    weights[1].write_bytes(before[1][:100])
+    train_classifier(plain, texts, arguments_for(tmp_path / "out", **options))
+    assert [path.read_bytes() for path in weights] == before
 
 
 def test_a_fine_tuned_checkpoint_stays_as_it_is(plain, texts, tmp_path):

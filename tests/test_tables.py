@@ -5,12 +5,12 @@ import json
 
 import datasets
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from conftest import budgetformer, stock_classifier, stock_config
 from hf_budgetformer.tools.batching import batches_by_length
 from hf_budgetformer.tools.checkpoints import load_classifier
-from hf_budgetformer.tools.tables import label_ids, read_rows, read_table
+from hf_budgetformer.tools.tables import label_ids, label_values, read_rows, read_table
 
 
 ROWS = [{"text": 'w1, "w2"', "label": 0}, {"text": "w3\nw4 é", "label": 2}, {"text": "", "label": 1}]
@@ -132,12 +132,46 @@ def test_labels_become_the_models_numbers():
     rows = lambda labels, **kind: Dataset.from_dict({"text": ["w"] * len(labels), "label": labels}, **kind)  # noqa: E731
     assert label_ids(rows([1, 0]), config).tolist() == [1, 0]
     assert label_ids(rows(["yes", "no"]), config).tolist() == [1, 0]
+    assert label_ids(rows([True, False]), config).tolist() == [1, 0]
+    turned = stock_config("bert", num_labels=2, id2label={0: "True", 1: "False"}, label2id={"True": 0, "False": 1})
+    assert label_ids(rows([True, False]), turned).tolist() == [0, 1]
     for names, expected in ((["yes", "no"], [1, 0]), (["A", "B"], [0, 1])):  # names the model does not know: numbers
         named = rows([0, 1]).cast_column("label", ClassLabel(names=names))
         assert label_ids(named, config).tolist() == expected
-    for bad in ([0, 2], [-1, 0], [0.0, 1.0], [True, False], ["yes", "maybe"]):
+    for bad in ([0, 2], [-1, 0], [0.0, 1.0], ["yes", "maybe"]):
         with pytest.raises(ValueError, match=r"integers in \[0, 2\) as 'label', got .*\['no', 'yes'\]"):
             label_ids(rows(bad), config)
+
+
+def test_several_labels_and_numbers_become_what_a_loss_takes():
+    names = {"label2id": {"a": 0, "b": 1, "c": 2}, "id2label": {0: "a", 1: "b", 2: "c"}}
+    several = stock_config("bert", problem_type="multi_label_classification", **names)
+    rows = lambda labels, **kind: Dataset.from_dict({"text": ["w"] * len(labels), "label": labels}, **kind)  # noqa: E731
+    expected = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    for labels in ([["a", "c"], []], [[2, 0], []], [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]):
+        assert label_values(rows(labels), several).tolist() == expected
+    features = Features({"text": Value("string"), "label": List(ClassLabel(names=["c", "b", "a"]))})
+    assert label_values(rows([[0, 2], []], features=features), several).tolist() == expected
+    for bad in ([["a", "d"]], [[3]], ["a"], [[0.5, 0.5]]):
+        with pytest.raises(
+            ValueError, match=r"dataset must have (integers in \[0, 3\)|lists of labels) as 'label', got"
+        ):
+            label_values(rows(bad), several)
+    number = stock_config("bert", num_labels=1)
+    assert label_values(rows([1.5, -2.0]), number).tolist() == [1.5, -2.0]
+    assert label_values(rows([1, 2]), number).tolist() == [1.0, 2.0]
+    for bad in (["a"], [float("nan")], [float("inf")]):
+        with pytest.raises(ValueError, match="dataset must have finite numbers as 'label', got"):
+            label_values(rows(bad), number)
+
+
+def test_numbers_of_a_csv_file_are_classes_unless_one_has_a_fraction(tmp_path):
+    for labels, expected in ((["1", "0"], [1, 0]), (["1.0", "0.0"], [1, 0]), (["1.5", "2"], [1.5, 2.0])):
+        source = write(tmp_path / "rows.csv", "text,label\n" + "".join(f"w,{label}\n" for label in labels))
+        found = read_table(source)["label"][:]
+        assert [(type(x), x) for x in found] == [(type(x), x) for x in expected]
+    with pytest.raises(ValueError, match=r"rows\.jsonl must have labels of one kind"):
+        read_table(write(tmp_path / "rows.jsonl", '{"text": "w", "label": 1}\n{"text": "w", "label": "a"}'))
 
 
 def test_batches_hold_every_row_once_and_little_padding(texts, tokenizer):

@@ -12,6 +12,10 @@ from .backbones import BACKBONES
 
 
 EXECUTOR_CHOICES = ("auto", "masked")
+# Far more than anyone builds. A damaged file that asks for a billion would take all time or memory before it fails.
+_MOST_PARTS = 2**12  # of layers, heads of a layer, blocks of a layer
+_MOST_WIDTH = 2**20  # of what a weight is wide or long, but for the vocabulary, which is only a size
+_MOST_LABELS = 2**20
 # Fields of version 0.1, and what to write instead.
 _GONE = {
     "head_budget": 'looks=[share] with router="layer", or budget= on a call',
@@ -66,8 +70,9 @@ def _positive(default: float) -> Any:
     return _checked("a finite number > 0", lambda v: _is_number(v, 0, above=True), default)
 
 
-def _count(default: int, least: int = 1) -> Any:
-    return _checked(f"an integer >= {least}", lambda v: v >= least, default)
+def _count(default: int, least: int = 1, most: float = math.inf) -> Any:
+    allowed = f"an integer >= {least}" if most == math.inf else f"an integer >= {least} and <= {most}"
+    return _checked(allowed, lambda v: least <= v <= most, default)
 
 
 @strict
@@ -135,15 +140,15 @@ class BudgetFormerConfig(PreTrainedConfig):
 
     backbone_model_type: str = _checked(f"one of {sorted(BACKBONES)}", lambda v: v in BACKBONES, "bert")
     vocab_size: int = _count(30522)
-    hidden_size: int = _count(768)
-    num_hidden_layers: int = _count(12)
-    num_attention_heads: int = _count(12)
-    intermediate_size: int = _count(3072)
+    hidden_size: int = _count(768, most=_MOST_WIDTH)
+    num_hidden_layers: int = _count(12, most=_MOST_PARTS)
+    num_attention_heads: int = _count(12, most=_MOST_PARTS)
+    intermediate_size: int = _count(3072, most=_MOST_WIDTH)
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = _fraction(0.1)
     attention_probs_dropout_prob: float | int = _fraction(0.1)
-    max_position_embeddings: int = _count(512)
-    type_vocab_size: int = _count(2)
+    max_position_embeddings: int = _count(512, most=_MOST_WIDTH)
+    type_vocab_size: int = _count(2, most=_MOST_WIDTH)
     initializer_range: float | int = _not_negative(0.02)
     layer_norm_eps: float | int = _positive(1e-12)
     pad_token_id: int | None = 0
@@ -156,7 +161,9 @@ class BudgetFormerConfig(PreTrainedConfig):
 
     router: str = _checked("'look' or 'layer'", lambda v: v in ("look", "layer"), "look")
     narrow_budget: float | int = _checked("a float in (0, 1]", is_share, 0.25)
-    feed_forward_blocks: int | None = _checked("None or an integer >= 1", lambda v: v is None or v >= 1, None)
+    feed_forward_blocks: int | None = _checked(
+        f"None or an integer >= 1 and <= {_MOST_PARTS}", lambda v: v is None or 1 <= v <= _MOST_PARTS, None
+    )
     opening_order: list[int] | None = None
     reference_length: int = _count(128)
     looks: list[float | int] | tuple[float | int, ...] | None = None
@@ -174,7 +181,7 @@ class BudgetFormerConfig(PreTrainedConfig):
     budget_loss_weight: float | int = _not_negative(5.0)
     need_scale: float | int = _not_negative(1.0)
     gate_type: str = _checked("'hard' or 'soft'", lambda v: v in ("hard", "soft"), "hard")
-    router_hidden_size: int = _count(64)
+    router_hidden_size: int = _count(64, most=_MOST_WIDTH)
     router_lr_multiplier: float | int = _positive(40.0)
     exploration_steps: int = _count(500, least=0)
 
@@ -188,6 +195,9 @@ class BudgetFormerConfig(PreTrainedConfig):
             if kwargs.pop(name, False):
                 raise ValueError(f"{name} must be False, got True: BudgetFormer is an encoder.")
         _refuse_gone(kwargs)
+        labels = kwargs.get("num_labels")
+        if labels is not None and not (isinstance(labels, int) and 0 <= labels <= _MOST_LABELS):
+            raise ValueError(f"num_labels must be an integer in [0, {_MOST_LABELS}], got {labels!r}.")
         for name in BACKBONES[self.backbone_model_type].fields.values():  # see `to_dict`
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)

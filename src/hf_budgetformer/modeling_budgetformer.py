@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -319,9 +320,15 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         weights. Fields of [`BudgetFormerConfig`] may be given as keyword arguments.
 
         Raises:
-            ValueError: The checkpoint is one of hf_budgetformer 0.1.
+            ValueError: The checkpoint is one of hf_budgetformer 0.1, or its files are damaged.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        try:
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+            raise ValueError(
+                f"pretrained_model_name_or_path must be a checkpoint, got {args[:1]}, whose config.json or weights are "
+                f"damaged: {error!r:.500}"
+            ) from error
         model, report = loaded
         # Names of old checkpoints are brought up to date once. Upstream would write the old ones again, which
         # Trainer, whose resuming renames nothing, then skips in silence.

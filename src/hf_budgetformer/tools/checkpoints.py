@@ -1,11 +1,14 @@
 """Classifiers from anywhere, checked: what kind they are, and whether they are trained."""
 
+import glob
 import hashlib
 import os
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..backbones import max_input_length
@@ -18,8 +21,40 @@ def load_config(checkpoint: str) -> Any:
         raise ValueError(f"checkpoint must be a model's folder or Hub id, got {checkpoint} without a config.json.")
     try:
         return AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint must be a model's folder or Hub id, got {checkpoint}: {error}") from None
+    except Exception as error:  # upstream's checks of a damaged file end in whatever its values lead to
+        place = os.path.join(checkpoint, "config.json") if os.path.isdir(checkpoint) else checkpoint
+        raise ValueError(f"checkpoint must be a model's folder or Hub id, got {place}: {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, or its name where it says nothing, cut to a length that can be read."""
+    return textwrap.shorten(str(error) or type(error).__name__, 500)
+
+
+def _check_weights(folder: str) -> None:
+    """Raises ValueError where a file of weights in a folder is cut off or damaged; names it."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+        try:
+            with safe_open(path, "pt") as file:
+                file.keys()
+        except Exception as error:  # safetensors has an error of its own for each fault
+            raise ValueError(f"{path} is damaged or cut off, fetch or save it again: {_told(error)}") from error
+
+
+def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id.
+
+    Raises:
+        ValueError: There is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except Exception as error:  # of the many kinds of files each fails in its own way
+        files = "tokenizer.json, tokenizer_config.json"
+        raise ValueError(
+            f"checkpoint must have a tokenizer beside it, got {checkpoint} without one that can be read ({files}): "
+            f"{_told(error)} Save the one it was trained with: tokenizer.save_pretrained({checkpoint!r})."
+        ) from error
 
 
 def default_device() -> torch.device:
@@ -38,7 +73,15 @@ def load_trained(checkpoint: str, device: str | torch.device | None = None) -> A
         ValueError: There is no model, or none with a trained classifier.
     """
     load_config(checkpoint)
-    model, loading = AutoModelForSequenceClassification.from_pretrained(checkpoint, output_loading_info=True)
+    if os.path.isdir(checkpoint):
+        _check_weights(checkpoint)
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(checkpoint, output_loading_info=True)
+    except Exception as error:  # weights of other shapes, a width that heads do not divide, no file at all...
+        raise ValueError(
+            f"checkpoint must be a trained classifier, got {checkpoint}, whose config.json and weights cannot be "
+            f"loaded together: {_told(error)}"
+        ) from error
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"checkpoint must be a trained classifier, got {checkpoint} without {', '.join(missing)}.")
     return model.to(default_device() if device is None else device).eval()
@@ -64,7 +107,7 @@ def load_classifier(
             f"budgetformer train {checkpoint} DATA --output FOLDER."
         )
     model = load_trained(checkpoint, device)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     if kind == "budgetformer":  # not every tokenizer knows
         tokenizer.model_max_length = min(tokenizer.model_max_length, max_input_length(model.config))
     return model, tokenizer
@@ -80,9 +123,14 @@ def check_classifier(model: Any) -> None:
         )
 
 
+def problem_type(config: Any) -> str:
+    """What a classifier's answer is, by the names of `config.problem_type`, where that is not set too."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+
+
 def check_single_label(config: Any) -> None:
     """Raises ValueError unless the model chooses one label of several."""
-    if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
+    if problem_type(config) != "single_label_classification":
         got = f"problem_type={config.problem_type!r}, num_labels={config.num_labels}"
         raise ValueError(f"model must choose one label of several, got {got}.")
 
@@ -111,6 +159,8 @@ __all__ = [
     "distinct_budgets",
     "load_classifier",
     "load_config",
+    "load_tokenizer",
     "load_trained",
+    "problem_type",
     "weights_digest",
 ]

@@ -4,10 +4,12 @@ Imports nothing heavy before a command runs, so that help comes at once.
 """
 
 import contextlib
+import difflib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,21 @@ except ImportError:
     raise ImportError('The command line needs typer: pip install "hf-budgetformer[cli]".') from None
 
 
+def _number_between(low: float, high: float, most: bool = False) -> Callable[[float | None], float | None]:
+    """A check for an option: above `low`, and below `high`, or with `most` at most."""
+    allowed = f"above {low:g}" if high == float("inf") else f"in ({low:g}, {high:g}{']' if most else ')'}"
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not (low < value < high or (most and value == high)):
+            raise typer.BadParameter(f"must be a number {allowed}, got {value:g}.")
+        return value
+
+    return check
+
+
+_check_level = _number_between(0.0, 1.0)
+_check_share = _number_between(0.0, 1.0, most=True)
+
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub id of a model.")]
 Data = Annotated[str, typer.Argument(metavar="DATA", help="parquet, csv or jsonl file, folder of such, or Hub id.")]
 Split = Annotated[str | None, typer.Option(help="Of a data set that has several.", show_default=False)]
@@ -26,12 +43,23 @@ Columns = Annotated[
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without broken rows.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
-Budgets = Annotated[str, typer.Option(help="Shares of the full model's work, and plain, with commas between.")]
-Budget = Annotated[float | None, typer.Option(help="Share of the full model's work; default: a plain call.")]
-BatchSize = Annotated[int, typer.Option(help="Texts the model reads at a time.")]
-MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens kept of a text; default: all the tokenizer allows.")]
+Budgets = Annotated[
+    str | None,
+    typer.Option(
+        help="Shares of the full model's work, and plain, with commas between; default: 1,1/4,1/6,1/12,plain, and "
+        "of a stock or cut model plain alone.",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    float | None, typer.Option(callback=_check_share, help="Share of the full model's work; default: a plain call.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts the model reads at a time.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens kept of a text; default: as in training, or all the tokenizer allows."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda...; default: the accelerator, if there is one.")]
-BUDGETS = "1,1/4,1/6,1/12,plain"
 
 app = typer.Typer(
     add_completion=False,
@@ -42,15 +70,35 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf-budgetformer {version('hf-budgetformer')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; give it first.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None: ...
 
 
-def _parse_budgets(text: str) -> list[float | None]:
+def _parse_budget(text: str) -> float | None:
+    if text == "plain":
+        return None
+    budget = float(Fraction(text))
+    if not 0.0 < budget <= 1.0:
+        raise ValueError
+    return budget
+
+
+def _parse_budgets(text: str | None) -> list[float | None] | None:
+    if text is None:
+        return None
     try:
-        return [None if part.strip() == "plain" else float(Fraction(part.strip())) for part in text.split(",")]
+        return [_parse_budget(part.strip()) for part in text.split(",")]
     except (ValueError, ZeroDivisionError):
         raise typer.BadParameter(
             f"--budgets must be numbers in (0, 1], or plain, with commas between, got {text!r}."
@@ -70,8 +118,45 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _parse_training_arguments(given: list[str], device: str | None) -> Any:
+def _device_type(device: str) -> str:
     import torch
+
+    try:
+        return torch.device(device).type
+    except RuntimeError:
+        raise typer.BadParameter(f"--device must be cpu, cuda, cuda:1 or the like, got {device!r}.") from None
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Raises BadParameter where a value given by --config is not one of the field's."""
+    from dataclasses import fields as fields_of
+
+    from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+    from hf_budgetformer import BudgetFormerConfig
+
+    known = {field.name for field in fields_of(BudgetFormerConfig)}
+    if unknown := sorted(set(fields) - known):
+        with contextlib.suppress(TypeError):
+            BudgetFormerConfig(**{name: fields[name] for name in unknown})  # says what became of one of version 0.1
+        raise typer.BadParameter(f"--config must name fields of BudgetFormerConfig, got {unknown}.")
+    for name, value in fields.items():
+        try:
+            BudgetFormerConfig(**{name: value})
+        except StrictDataclassFieldValidationError as error:
+            raise typer.BadParameter(f"--config {name}: {error}") from None
+        except ValueError:
+            pass  # it depends on others, the checkpoint's among them
+
+
+def _suggest(option: str, known: list[str]) -> str:
+    """What may have been meant, in words; nothing where nothing is like it."""
+    name = option.partition("=")[0].replace("_", "-")
+    like = difflib.get_close_matches(name, [known_name.replace("_", "-") for known_name in known], n=1, cutoff=0.8)
+    return f": did you mean {like[0]}?" if like else "."
+
+
+def _parse_training_arguments(given: list[str], device: str | None, own_options: list[str]) -> Any:
     from transformers import HfArgumentParser, TrainingArguments
 
     parser: Any = HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
@@ -80,12 +165,16 @@ def _parse_training_arguments(given: list[str], device: str | None) -> Any:
         raise typer.BadParameter(message)
 
     parser.error = refuse
-    kind = None if device is None else torch.device(device).type
+    kind = None if device is None else _device_type(device)
+    parser.set_defaults(disable_tqdm=not sys.stderr.isatty())  # bars are for people, not for logs
     if kind == "cpu":
         given = [*given, "--use_cpu"]
     arguments, unknown = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
     if unknown:
-        raise typer.BadParameter(f"neither this command nor TrainingArguments knows {' '.join(unknown)}.")
+        known = own_options + [f"--{name}" for name in vars(arguments)]
+        raise typer.BadParameter(
+            f"neither this command nor TrainingArguments knows {' '.join(unknown)}{_suggest(unknown[0], known)}"
+        )
     if kind not in (None, arguments.device.type):
         raise typer.BadParameter(f"--device must be cpu or {arguments.device.type} here, got {device!r}.")
     return arguments
@@ -98,7 +187,7 @@ def _read_lines() -> Iterator[str]:
 
 
 def _keep_quiet() -> None:
-    """Bars are for people, not for logs; what the library reports while loading is checked here."""
+    """Turns bars off, which are for people and not for logs, and what the library reports while loading."""
     from datasets import disable_progress_bars  # type: ignore[import-untyped]
     from transformers.utils import logging
 
@@ -116,6 +205,8 @@ def _read(data: str, split: str | None, columns: list[str] | None, skip_bad: boo
 
 
 def _load(checkpoint: str, device: str | None, budgeted: bool = True) -> tuple[Any, Any]:
+    if device is not None:
+        _device_type(device)
     from hf_budgetformer.tools.checkpoints import load_classifier
 
     _keep_quiet()
@@ -154,7 +245,15 @@ def train(
         str | None, typer.Option(help="More texts for the narrow encoder, without labels.", show_default=False)
     ] = None,
     narrow_learning_rate: Annotated[
-        float | None, typer.Option(help="Of the narrow encoder; 6e-4 if not given.", show_default=False)
+        float | None,
+        typer.Option(
+            callback=_number_between(0.0, float("inf")),
+            help="Of the narrow encoder; 6e-4 if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Names of the labels 0, 1..., with commas between.", show_default=False)
     ] = None,
     config: Annotated[
         list[str] | None, typer.Option(help="FIELD=VALUE of BudgetFormerConfig; may be repeated.", show_default=False)
@@ -170,12 +269,21 @@ def train(
     """Fine-tune the plain model, then train a narrow encoder beside it, from its answers.
 
     After CHECKPOINT and DATA, every option of TrainingArguments is one of this command too. It holds for both stages,
-    but for --learning_rate: the narrow encoder, which learns alone in stage two, has a rate of its own.
+    but for --learning_rate: the narrow encoder, which learns alone in stage two, has a rate of its own. Labels that are
+    lists (several hold at once) or numbers with a fraction (a regression) are told from others.
     """
     if stray := [argument for argument in (checkpoint, data) if argument.startswith("-")]:
         raise typer.BadParameter(f"CHECKPOINT and DATA come first, got {stray[0]} before them.")
+    if fine_tuned and together:
+        raise typer.BadParameter("--fine-tuned and --together exclude each other: what stays as it is does not learn.")
+    if together and unlabelled:
+        raise typer.BadParameter("--unlabelled teaches a narrow encoder alone, which --together does not.")
     fields = {name: _parse_value(text) for name, text in _parse_pairs("--config", config).items()}
-    arguments = _parse_training_arguments([*context.args, "--output_dir", output], device)
+    own_options = [option for parameter in context.command.params for option in parameter.opts]
+    arguments = _parse_training_arguments([*context.args, "--output_dir", output], device, own_options)
+    _check_fields(fields)
+    if labels is not None:
+        fields["labels"] = [name.strip() for name in labels.split(",")]
     if narrow_learning_rate is not None:
         fields["narrow_learning_rate"] = narrow_learning_rate
     options = {option.partition("=")[0].replace("-", "_") for option in context.args}
@@ -185,7 +293,6 @@ def train(
         )
     from hf_budgetformer.tools.recipe import train_classifier
 
-    Path(output).mkdir(parents=True, exist_ok=True)
     rows = _read(data, split, column, skip_bad)
     held_out = _read(validation, validation_split, column, skip_bad) if validation else None
     more = _read(unlabelled, None, column, skip_bad, labelled=False) if unlabelled else None
@@ -201,15 +308,28 @@ def train(
     if as_json:
         print(json.dumps(summary))
     else:
-        figures = f", accuracy {found['validation']['eval_accuracy']:.1%} on {validation}" if validation else ""
-        print(f"Saved in {output}: trained on {found['rows']} rows{figures}.")
+        print(f"Saved in {output}: trained on {found['rows']} rows.{_describe_validation(found, validation)}")
+
+
+def _describe_validation(found: dict[str, Any], validation: str | None) -> str:
+    """What plain calls came to on validation rows, beside the full model alone."""
+    figures = found["validation"]
+    if validation is None:
+        return ""
+    spent = f"at a mean budget of {figures['eval_budget']:.2f}"
+    if "eval_error" in figures:
+        kept, full = f"error {figures['eval_error']:.4f}", f"{figures['eval_full_error']:.4f}"
+    else:
+        kept, full = f"accuracy {figures['eval_accuracy']:.1%}", f"{figures['eval_full_accuracy']:.1%}"
+    alone = "the plain model's" if found["teacher"] else "the full model's"
+    return f" On {validation}, {kept} {spent}; {alone} is {full}."
 
 
 @app.command(epilog="Example: budgetformer evaluate out test.csv --budgets 1,1/4,plain")
 def evaluate(
     checkpoint: Checkpoint,
     data: Data,
-    budgets: Budgets = BUDGETS,
+    budgets: Budgets = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
     device: Device = None,
@@ -218,7 +338,7 @@ def evaluate(
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Accuracy, agreement with the full model and work spent; a stock or cut model is tried as it is."""
+    """Accuracy, agreement with the full model and work spent; of a regression the error."""
     asked = _parse_budgets(budgets)
     from dataclasses import replace
 
@@ -236,15 +356,20 @@ def tune(
     checkpoint: Checkpoint,
     data: Data,
     disagreement: Annotated[
-        float | None, typer.Option(help="Share of the texts that may be answered differently; default: 0.01.")
+        float | None,
+        typer.Option(callback=_check_level, help="Share of the texts that may be answered differently; default: 0.01."),
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Instead, accuracy that may be lost; 0.005 is half a point. Needs labels.")
+        float | None,
+        typer.Option(
+            callback=_check_level, help="Instead, accuracy that may be lost; 0.005 is half a point. Needs labels."
+        ),
     ] = None,
     mean_budget: Annotated[
-        float | None, typer.Option(help="Instead, mean share of the full model's work that may be spent.")
+        float | None,
+        typer.Option(callback=_check_level, help="Instead, mean share of the full model's work that may be spent."),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="That the promise holds.")] = 0.95,
+    confidence: Annotated[float, typer.Option(callback=_check_level, help="That the promise holds.")] = 0.95,
     budgets: Annotated[str | None, typer.Option(help="First looks to choose from, with commas between.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Leave the folder's config.json as it is.")] = False,
     batch_size: BatchSize = 32,
@@ -258,7 +383,11 @@ def tune(
     """The cheapest looks that keep a promise on texts like these; labels are needed for --tolerance only."""
     if not dry_run and not Path(checkpoint).is_dir():
         raise typer.BadParameter(f"CHECKPOINT must be a folder, or --dry-run be given, got {checkpoint}.")
-    candidates: Any = None if budgets is None else _parse_budgets(budgets)
+    candidates: Any = _parse_budgets(budgets)
+    if candidates is not None and None in candidates:
+        raise typer.BadParameter(f"--budgets must be numbers in (0, 1], of first looks, got {budgets!r}.")
+    if sum(level is not None for level in (disagreement, tolerance, mean_budget)) > 1:
+        raise typer.BadParameter("one of --disagreement, --tolerance and --mean-budget may be given.")
     from hf_budgetformer.tools import tuning
     from hf_budgetformer.tools.results import write_json
 
@@ -281,15 +410,17 @@ def tune(
         changed = {name: getattr(model.config, name) for name in ("looks", "confidence", "margins", "promise")}
         write_json(path, {**json.loads(path.read_text("utf-8")), **changed})
     _finish(found, as_json, checkpoint, "tuning", data, split, len(rows))
+    if not (dry_run or as_json):
+        print(f"Written to {Path(checkpoint) / 'config.json'}: plain calls look this way from now on.")
 
 
 @app.command(epilog="Example: budgetformer profile out test.csv --budgets 1,1/4,plain --against sorted,onnx-int8")
 def profile(
     checkpoint: Checkpoint,
     data: Data,
-    budgets: Budgets = BUDGETS,
-    rows: Annotated[int, typer.Option(help="Texts that are measured.")] = 256,
-    repeats: Annotated[int, typer.Option(help="Times each batch is run.")] = 5,
+    budgets: Budgets = None,
+    rows: Annotated[int, typer.Option(min=1, help="Texts that are measured.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Times each batch is run.")] = 5,
     energy: Annotated[bool, typer.Option("--energy", help="Measure energy and CO2e too.")] = False,
     against: Annotated[
         str | None,
@@ -317,7 +448,7 @@ def profile(
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from None
     model, tokenizer = _load(checkpoint, device)
-    texts, seconds = _read(data, split, column, skip_bad), _training(checkpoint).get("seconds")
+    texts, seconds = _read(data, split, column, skip_bad, labelled=False), _training(checkpoint).get("seconds")
     found = cost_card(model, texts, tokenizer, asked, batch_size, rows, repeats, max_length, seconds, energy, others)
     _finish(found, as_json, checkpoint, "costs", data, split, found.settings["rows"])
 
@@ -326,7 +457,10 @@ def profile(
 def cut(
     checkpoint: Checkpoint,
     output: Annotated[str, typer.Option(help="Folder for the cut model.", show_default=False)],
-    budget: Annotated[float, typer.Option(help="Share of the full model's work that is left.", show_default=False)],
+    budget: Annotated[
+        float,
+        typer.Option(callback=_check_share, help="Share of the full model's work that is left.", show_default=False),
+    ],
     test: Annotated[str | None, typer.Option(help="Data to evaluate the cut model on.", show_default=False)] = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
@@ -338,7 +472,7 @@ def cut(
 ) -> None:
     """Cut the narrow encoder out at a budget: a small static model that trains, saves and loads like any."""
     if Path(output).resolve() == Path(checkpoint).resolve():
-        raise ValueError(f"output must not be the checkpoint's own folder, got {output}.")
+        raise typer.BadParameter(f"--output must not be the checkpoint's own folder, got {output}.")
     from hf_budgetformer.tools import narrowing
 
     model, tokenizer = _load(checkpoint, device)
@@ -460,12 +594,17 @@ def page(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Texts to start with; default: those of the training.", show_default=False)
+    ] = None,
     device: Device = None,
 ) -> None:
     """Serve a page to try a model on."""
+    if device is not None:
+        _device_type(device)
     from hf_budgetformer.tools.page import main
 
-    main(checkpoint, host, port, device)
+    main(checkpoint, host, port, device, data)
 
 
 def main(arguments: list[str] | None = None) -> None:

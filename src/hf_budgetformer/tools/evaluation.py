@@ -1,7 +1,9 @@
 """Accuracy, agreement with the full model and work spent by budget, on labelled rows."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,11 +12,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..metrics.budgetformer.budgetformer import describe_answers
 from .batching import WINDOW, check_batch_size, tokenized
-from .checkpoints import distinct_budgets
+from .checkpoints import distinct_budgets, problem_type
 from .looking import answer_rows
-from .tables import label_ids
-from .tuning import warn_of_shift
+from .tables import label_values
+from .tuning import decisions, warn_of_shift
 
 
 if TYPE_CHECKING:
@@ -27,23 +30,28 @@ MOST_INPUTS = 2000
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """What came of one budget.
+    """What came of one budget; the figures are those of the metric in `metrics/budgetformer`.
 
     Attributes:
         asked: The budget asked for; None: a plain call.
-        correct: Rows answered rightly.
+        correct: Rows answered rightly, of several labels in all of them; None, as the next two, for a regression.
         accuracy: Their share.
         interval: Bounds of the accuracy on rows like these, 95% (Wilson's score interval).
-        agreement: Share of the rows that get the full model's label; None where 1.0 was not among the budgets.
+        agreement: Share of the rows that get the full model's label; None where 1.0 was not among the budgets, and for
+            a regression.
         spent: Mean share of the full model's work, all looks together.
+        doubtful: Share of the rows that the full model looked at after a cheaper look; None where it was not recorded.
+        error: Root of the mean squared error, of a regression alone.
     """
 
     asked: float | None
-    correct: int
-    accuracy: float
-    interval: tuple[float, float]
+    correct: int | None
+    accuracy: float | None
+    interval: tuple[float, float] | None
     agreement: float | None
     spent: float
+    doubtful: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class Evaluation:
         rows: Rows that each budget was tried on.
         results: One for each budget, in the order asked.
         inputs: Of at most 2,000 rows, spread evenly over the data, one value for each: "length" in tokens; "entropy"
-            in nats, of the full model's answer, if it was asked for (or the only answer there is); "spent" by a plain
-            call, if it was tried.
+            in nats, of the full model's answer, if it was asked for (or the only answer there is) and is no
+            regression's; "spent" by a plain call, if it was tried.
         settings: What was run.
     """
 
@@ -71,62 +79,86 @@ class Evaluation:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
         """From what `to_dict` returned, through JSON or not."""
-        results = [BudgetResult(**{**result, "interval": tuple(result["interval"])}) for result in values["results"]]
+        results = []
+        for result in values["results"]:
+            interval = result["interval"]
+            results.append(BudgetResult(**{**result, "interval": None if interval is None else tuple(interval)}))
         return cls(**{**values, "results": results})
 
     def __str__(self) -> str:
-        lines = [f"{'budget':>6}{'accuracy':>10}  {'95% interval':<16}{'agreement':>11}{'spent':>8}"]
+        is_regression = any(result.error is not None for result in self.results)
+        head = f"{'error':>10}" if is_regression else f"{'accuracy':>10}  {'95% interval':<16}{'agreement':>11}"
+        lines = [f"{'budget':>6}{head}{'spent':>8}{'doubtful':>10}"]
         for result in self.results:
             asked = "plain" if result.asked is None else f"{result.asked:.3f}"
-            interval = "[{:.1%}, {:.1%}]".format(*result.interval)
-            agreement = "-" if result.agreement is None else f"{result.agreement:.1%}"
-            lines.append(f"{asked:>6}{result.accuracy:>10.1%}  {interval:<16}{agreement:>11}{result.spent:>8.3f}")
+            kept = f"{result.error:>10.4f}" if is_regression else _kept_columns(result)
+            doubtful = _percent(result.doubtful)
+            lines.append(f"{asked:>6}{kept}{result.spent:>8.3f}{doubtful:>10}")
         return "\n".join([*lines, f"{self.rows} rows"])
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _kept_columns(result: BudgetResult) -> str:
+    low, high = result.interval or (math.nan, math.nan)
+    interval = f"[{low:.1%}, {high:.1%}]"
+    return f"{_percent(result.accuracy):>10}  {interval:<16}{_percent(result.agreement):>11}"
+
+
 def _wilson_interval(correct: int, rows: int) -> tuple[float, float]:
-    try:
-        from scipy.stats import binomtest  # type: ignore[import-untyped]
-    except ImportError:
-        raise ImportError('Intervals need scipy: pip install "hf-budgetformer[cli]".') from None
-    low, high = binomtest(correct, rows).proportion_ci(method="wilson")
-    return float(low), float(high)
+    """Wilson's score interval, 95%."""
+    z = NormalDist().inv_cdf(0.975)
+    share, scale = correct / rows, 1.0 + z * z / rows
+    centre = share + z * z / (2 * rows)
+    half = z * math.sqrt(share * (1.0 - share) / rows + z * z / (4 * rows * rows))
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def _entropy(logits: torch.Tensor, problem: str) -> torch.Tensor:
+    """(B, num_labels) -> (B,), in nats; of several labels the sum over them."""
+    if problem == "multi_label_classification":
+        return torch.distributions.Bernoulli(logits=logits).entropy().sum(-1)
+    return torch.distributions.Categorical(logits=logits).entropy()
 
 
 def evaluate_budgets(
     model: nn.Module,
     dataset: "Dataset",
     tokenizer: PreTrainedTokenizerBase,
-    budgets: Iterable[float | None] = BUDGETS,
+    budgets: Iterable[float | None] | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
 ) -> Evaluation:
     """Tries a classifier at several budgets, each on every row.
 
     Args:
-        model: A classifier, one label for each input; asked in eval mode, and left in the mode it was in. One that
-            takes no budgets, stock or cut, is tried once as it is, whatever `budgets` are.
-        dataset: Rows that the model was not trained on, as in `tools.tables.label_ids`.
+        model: A classifier, or a regression of one number; asked in eval mode, and left in the mode it was in.
+        dataset: Rows that the model was not trained on, as in `tools.tables.label_values`.
         tokenizer: Of the model.
-        budgets: Floats in (0, 1]; None: a plain call.
+        budgets: Floats in (0, 1], and None for a plain call. If there are none, `BUDGETS`; a stock model or one that
+            was cut is then tried once, as it is.
         batch_size: Rows the model reads at a time, >= 1; sorted by length within 64 batches, whose doubted rows share
             full batches of the next look.
         max_length: Tokens kept of a text; only for rows that are not tokenized yet. None: all the tokenizer allows.
 
     Raises:
-        ValueError: An argument is not allowed.
-        ImportError: scipy is not installed.
+        ValueError: An argument is not allowed, or the model cannot spend a budget.
     """
     ours: Any = model
-    asked = distinct_budgets(budgets)
-    check_batch_size(batch_size)
-    labels = label_ids(dataset, ours.config)
-    rows, plain = len(labels), dataset.with_format(None)
     budgeted = ours.config.model_type == "budgetformer"
-    full: float | None = 1.0
-    if not budgeted or not ours.config.full_encoder:
-        asked, full = [None], None
-    answers = np.zeros((len(asked), rows), dtype=np.int64)
+    looks_twice = budgeted and ours.config.full_encoder
+    full = 1.0 if looks_twice else None
+    if budgets is None:
+        budgets = BUDGETS if looks_twice else [None]
+    asked = distinct_budgets(budgets)
+    if not budgeted and asked != [None]:
+        raise ValueError(f"budgets must be None for a {ours.config.model_type} model, which takes none, got {asked}.")
+    check_batch_size(batch_size)
+    labels, problem = label_values(dataset, ours.config), problem_type(ours.config)
+    rows, plain = len(labels), dataset.with_format(None)
+    answers = np.zeros((len(asked), *labels.shape), dtype=labels.dtype)
     spent = np.ones((len(asked), rows))
     lengths, entropy = np.zeros(rows), np.zeros(rows)
 
@@ -134,10 +166,13 @@ def evaluate_budgets(
         for index, budget in enumerate(asked):
             for places, logits, budgets in answer_rows(ours, inputs, tokenizer, batch_size, budget):
                 places = start + places
-                answers[index, places] = logits.argmax(-1)
                 spent[index, places] = budgets
-                if budget == full:
-                    entropy[places] = torch.distributions.Categorical(logits=logits).entropy()
+                if problem == "regression":
+                    answers[index, places] = logits[:, 0]
+                else:
+                    answers[index, places] = decisions(logits, problem)
+                if budget == full and problem != "regression":
+                    entropy[places] = _entropy(logits, problem)
                 bar.update(len(places))
 
     was_training, step = model.training, WINDOW * batch_size
@@ -157,16 +192,24 @@ def evaluate_budgets(
         warn_of_shift(ours.config, int((spent[asked.index(None)] > 1.0).sum()), rows)
     sample = np.unique(np.linspace(0, rows - 1, min(rows, MOST_INPUTS)).astype(int))
     inputs = {"length": lengths[sample].tolist()}
-    if full in asked:
+    if full in asked and problem != "regression":
         inputs["entropy"] = entropy[sample].tolist()
     if None in asked:
         inputs["spent"] = spent[asked.index(None)][sample].tolist()
+    full_answers = answers[asked.index(1.0)] if 1.0 in asked else None
     results = []
     for index, budget in enumerate(asked):
-        correct = int((answers[index] == labels).sum())
-        same = float((answers[index] == answers[asked.index(1.0)]).mean()) if 1.0 in asked else None
+        figures = describe_answers(answers[index], labels, full_answers, spent[index])
+        work, doubtful = figures["mean_budget"], figures["doubtful"]
+        if problem == "regression":
+            error = float(np.sqrt(np.square(answers[index] - labels, dtype=np.float64).mean()))
+            results.append(BudgetResult(budget, None, None, None, None, work, doubtful, error))
+            continue
+        correct = round(figures["accuracy"] * rows)
         interval = _wilson_interval(correct, rows)
-        results.append(BudgetResult(budget, correct, correct / rows, interval, same, float(spent[index].mean())))
+        results.append(
+            BudgetResult(budget, correct, figures["accuracy"], interval, figures.get("agreement"), work, doubtful)
+        )
     settings = {"checkpoint": ours.name_or_path, "batch_size": batch_size, "max_length": max_length}
     return Evaluation(rows, results, inputs, settings)
 

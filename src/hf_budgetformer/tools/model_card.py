@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..configuration_budgetformer import BudgetFormerConfig
 from .evaluation import Evaluation
-from .plots import plot_accuracy, plot_inputs, plot_time, plot_training
+from .plots import can_plot_training, plot_accuracy, plot_inputs, plot_time, plot_training
 from .profiling import CostCard
 from .results import describe_looks, read_results, short_name
 from .tuning import Tuning, describe_promise, kept_promise
@@ -145,15 +145,25 @@ def _about(config: BudgetFormerConfig, trained: bool) -> str:
 
 def _about_training(training: dict[str, Any]) -> str:
     base, data = (_plain(short_name(training.get(name) or "unnamed data")) for name in ("base_model", "dataset"))
+    validation = training.get("validation") or {}
     taught = f", taught by {_plain(short_name(training['teacher']))}" if training.get("teacher") else ""
+    if taught and "eval_full_accuracy" in validation:
+        taught += f" (accuracy on the validation rows {validation['eval_full_accuracy']:.1%})"
     given = training["arguments"]
     used = "\n".join(f"{argument}: {given[argument]}" for argument in _ARGUMENTS if argument in given)
     for argument, value in training.get("narrow", {}).items():
         used += f"\nnarrow encoder, {argument}: {value}"
     return (
-        f"## How it was trained\n\nFrom {base} on {training['rows']:,} rows of {data}{taught}, in "
-        f"{training['seconds'] / 60:.1f} minutes.\n\n```text\n{used}\n```"
+        f"## How it was trained\n\nFrom {base} on {training['rows']:,} rows of {data}{taught}, in {_minutes(training)}."
+        f"\n\n```text\n{used}\n```"
     )
+
+
+def _minutes(training: dict[str, Any]) -> str:
+    """What both stages took, in words."""
+    first, second = training.get("stage_one_seconds") or 0.0, training["seconds"]
+    told = f"{(first + second) / 60:.1f} minutes"
+    return f"{told}, {first / 60:.1f} of them for the plain model" if first else told
 
 
 def _sections(config: BudgetFormerConfig, name: str, folder: Path, measured: dict[str, Any]) -> dict[str, str]:
@@ -191,13 +201,13 @@ def _draw(folder: Path, measured: dict[str, Any]) -> dict[str, list[Path]]:
     [evaluation, *_] = [x for record, x in measured["evaluation"] if not record.stale] or [None]
     [costs, *_] = [x for record, x in measured["costs"] if not record.stale] or [None]
     training = measured["training"]
-    if evaluation and len(evaluation.results) > 1:
+    if evaluation and len(evaluation.results) > 1 and evaluation.results[0].accuracy is not None:
         drawn["evaluation"].append(plot_accuracy(evaluation, folder / "accuracy.png"))
         if {"entropy", "spent"} <= evaluation.inputs.keys():
             drawn["evaluation"].append(plot_inputs(evaluation, folder / "inputs.png"))
     if costs:
         drawn["costs"].append(plot_time(costs, folder / "time.png"))
-    if training and any({"divergence", "task_loss"} & entry.keys() for entry in training["log_history"]):
+    if training and can_plot_training(training):
         drawn["training"].append(plot_training(training, folder / "training.png"))
     return drawn
 
@@ -237,7 +247,7 @@ def _accuracies(measured: dict[str, Any]) -> list[EvalResult]:
                 **about,
             )
             for x in evaluation.results
-            if x.asked is not None or not record.stale
+            if x.accuracy is not None and (x.asked is not None or not record.stale)
         ]
     return [result for results in found.values() for result in results]
 

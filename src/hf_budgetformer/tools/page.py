@@ -3,10 +3,13 @@
 import base64
 import csv
 import io
+import itertools
+import json
 import math
 import os
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -29,6 +32,7 @@ from .tuning import describe_promise, kept_promise
 
 DEMO_CHECKPOINT = "demo-output"
 MOST_BYTES, MOST_ROWS, MOST_CHARACTERS = 1_000_000, 1_000, 5_000
+FILES = (".csv", ".parquet", ".txt")
 BATCH = 32
 EXAMPLES = (
     "Send the request to the server and read the headers of its response.",
@@ -77,15 +81,16 @@ def load_checkpoint(checkpoint: str, device: str | None = None) -> tuple[Any, An
 
 
 def read_file(path: str | Path) -> dict[str, list[str]]:
-    """The columns text and, if there is one, text_pair of a csv file; or the lines of a txt file.
+    """The columns text and, if there is one, text_pair of a csv or parquet file; or the lines of a txt file.
 
     Raises:
         ValueError: The file is of another kind, too large or damaged, or holds too much.
     """
     path, rows = Path(path), []
     size, most = path.stat().st_size, f"{MOST_ROWS:,} texts of at most {MOST_CHARACTERS:,} characters"
-    if path.suffix not in (".csv", ".txt") or size > MOST_BYTES:
-        raise ValueError(f"{path.name} must be a .csv or .txt file of at most {MOST_BYTES:,} bytes, got {size:,}.")
+    if path.suffix not in FILES or size > MOST_BYTES:
+        allowed = f"a {', '.join(FILES[:-1])} or {FILES[-1]} file of at most {MOST_BYTES:,} bytes"
+        raise ValueError(f"{path.name} must be {allowed}, got {size:,}.")
     try:
         for number, (row, fault) in enumerate(read_rows(str(path)), 1):
             long = max(map(len, row.values()), default=0)
@@ -93,9 +98,40 @@ def read_file(path: str | Path) -> dict[str, list[str]]:
                 fault = fault or f"is too much, with {long:,} characters: at most {most}"
                 raise ValueError(f"{path.name}: text {number:,} {fault}.")
             rows.append(row)
-    except ValueError as error:  # which may go on about the command line
+    except (ValueError, OSError) as error:  # which may go on about the command line
         raise ValueError(str(error).replace(str(path), path.name).partition(": name")[0]) from None
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def starting_texts(checkpoint: str, data: str | None = None) -> list[str]:
+    """A few texts to begin with: the first of `data`, or of what the model was trained on if that file is still there.
+
+    Args:
+        checkpoint: Folder or Hub id.
+        data: As in `tools.tables.read_rows`; None: see above.
+
+    Returns:
+        Up to four texts; general ones where there are no others.
+
+    Raises:
+        OSError: There are no such data.
+        ValueError: They cannot be read.
+    """
+    record = Path(checkpoint, "budgetformer", "training.json")
+    source = data
+    if data is None and record.is_file():
+        trained_on = json.loads(record.read_text("utf-8")).get("dataset")
+        source = trained_on if trained_on and Path(trained_on).is_file() else None
+    if source is None:
+        return list(EXAMPLES)
+    try:
+        rows = list(itertools.islice(read_rows(source), 100))
+    except ValueError:
+        if data is not None:
+            raise
+        return list(EXAMPLES)  # read under other names, perhaps
+    texts = [row["text"] for row, fault in rows if not fault and 0 < len(row["text"]) <= MOST_CHARACTERS]
+    return list(dict.fromkeys(texts))[: len(EXAMPLES)] or list(EXAMPLES)
 
 
 def time_in_turn(model: Any, batch: Any, ways: Sequence[Mapping[str, Any]], repeats: int) -> list[float]:
@@ -149,10 +185,10 @@ def show_text(model: Any, tokenizer: Any, text: str, budget: float | None) -> st
         budget: As in `forward`.
 
     Raises:
-        ValueError: The text is empty or too long, or the model cannot spend that budget.
+        ValueError: The text is too long, or the model cannot spend that budget.
     """
-    if not text.strip() or len(text) > MOST_CHARACTERS:
-        raise ValueError(f"A text must have 1 to {MOST_CHARACTERS:,} characters, got {len(text.strip()):,}.")
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"A text must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}.")
     plan, longest = plan_call(model, budget), tokenizer.model_max_length
     looks = [look for look in plan.looks if look.counts is not None] + [FULL_LOOK]
     batch = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
@@ -260,8 +296,14 @@ def show_curves(checkpoint: str) -> str:
     return "".join(parts)
 
 
-def build_page(model: Any, tokenizer: Any, checkpoint: str) -> Any:
+def build_page(model: Any, tokenizer: Any, checkpoint: str, data: str | None = None) -> Any:
     """The page, a `gradio.Blocks`; nothing that is typed is written to disk, and what is uploaded is removed again.
+
+    Args:
+        model: See `load_checkpoint`.
+        tokenizer: Of the model.
+        checkpoint: Where it is from.
+        data: See `starting_texts`.
 
     Raises:
         ImportError: gradio is missing.
@@ -275,18 +317,25 @@ def build_page(model: Any, tokenizer: Any, checkpoint: str) -> Any:
     def failed(error: ValueError) -> str:
         return f'<p class="bf-alert" role="alert">{escape(str(error))}</p>'
 
-    def answer(text: str, plain: bool, percent: float) -> str:
+    def budget_of(plain: bool, percent: float | None) -> float | None:
+        if plain:
+            return None
+        if percent is None:  # the number beside the slider can be emptied
+            raise ValueError("A budget must be a number, in % of the full model's work, got none.")
+        return percent / 100
+
+    def answer(text: str, plain: bool, percent: float | None) -> str:
         try:
-            return show_text(model, tokenizer, text, None if plain else percent / 100)
+            return show_text(model, tokenizer, text, budget_of(plain, percent))
         except ValueError as error:
             return failed(error)
 
     progress = gr.Progress()
 
-    def run(path: str | None, texts: Any, plain: bool, percent: float, tell: Any = progress) -> tuple[Any, ...]:
+    def run(path: str | None, texts: Any, plain: bool, percent: float | None, tell: Any = progress) -> tuple[Any, ...]:
         try:
             texts = read_file(path) if path else texts
-            shown, content = show_texts(model, tokenizer, texts, None if plain else percent / 100, tell)
+            shown, content = show_texts(model, tokenizer, texts, budget_of(plain, percent), tell)
         except ValueError as error:
             return None, None, failed(error), "", gr.update(visible=False)
         finally:
@@ -294,6 +343,7 @@ def build_page(model: Any, tokenizer: Any, checkpoint: str) -> Any:
                 Path(path).unlink(missing_ok=True)
         return None, texts, shown, content, gr.update(visible=True)
 
+    examples = starting_texts(checkpoint, data)
     shape = f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads, {config.num_labels} labels"
     call = "runs the full model" if plan_call(model, None).looks[0] == FULL_LOOK else None
     call = call or describe_looks(config.looks, config.confidence)
@@ -311,14 +361,16 @@ def build_page(model: Any, tokenizer: Any, checkpoint: str) -> Any:
                 most = 100 if config.margins else most  # none in between can be asked for
                 percent = gr.Slider(min(least, most), most, value=min(most, 25), step=1, label=label, buttons=[])
         with gr.Tab("Text"):
-            pick = gr.Dropdown(list(EXAMPLES), value=EXAMPLES[0], label="Pick a text, or type")
-            text = gr.Textbox(EXAMPLES[0], label="Text", lines=2, max_length=MOST_CHARACTERS)
+            choices = [(textwrap.shorten(example, 100), example) for example in examples]
+            pick = gr.Dropdown(choices, value=examples[0], label="Pick a text, or type")
+            text = gr.Textbox(examples[0], label="Text", lines=2, max_length=MOST_CHARACTERS)
             classify = gr.Button("Classify", variant="primary")
             answered = gr.HTML()
         with gr.Tab("File"):
             limits = f"{MOST_ROWS:,} texts of {MOST_CHARACTERS:,} characters, {MOST_BYTES // 10**6} MB"
-            gr.Markdown(f"A csv file with a column `text`, or a txt file with a text in each line: at most {limits}.")
-            upload = gr.File(label="File, deleted once it is read", file_types=[".csv", ".txt"], height=150)
+            kinds = "A csv or parquet file with a column `text`, or a txt file with a text in each line"
+            gr.Markdown(f"{kinds}: at most {limits}.")
+            upload = gr.File(label="File, deleted once it is read", file_types=list(FILES), height=150)
             kept, shown, content = gr.State(), gr.HTML(), gr.Textbox(visible=False)
             with gr.Row(visible=False) as buttons:
                 again = gr.Button("Run again at the budget above")
@@ -340,7 +392,11 @@ def build_page(model: Any, tokenizer: Any, checkpoint: str) -> Any:
 
 
 def main(
-    checkpoint: str | None = None, host: str = "127.0.0.1", port: int | None = None, device: str | None = None
+    checkpoint: str | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    device: str | None = None,
+    data: str | None = None,
 ) -> None:
     """Serves the page until interrupted.
 
@@ -349,6 +405,7 @@ def main(
         host: Address to bind; "0.0.0.0" lets other machines in.
         port: To listen on; None: the first free one from 7860.
         device: Where the model runs; None: the accelerator, if there is one.
+        data: See `starting_texts`.
 
     Raises:
         ValueError: There is no such checkpoint.
@@ -363,7 +420,7 @@ def main(
     model, tokenizer = load_checkpoint(checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="budgetformer-page-") as folder:  # goes, with all that Gradio left there
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
-        page = build_page(model, tokenizer, checkpoint)
+        page = build_page(model, tokenizer, checkpoint, data)
         import gradio as gr
 
         fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -384,5 +441,5 @@ def main(
 
 __all__ = [
     "build_page", "draw_look", "load_checkpoint", "main", "plan_call", "read_file", "show_curves", "show_text",
-    "show_texts", "time_in_turn",
+    "show_texts", "starting_texts", "time_in_turn",
 ]  # fmt: skip

@@ -70,7 +70,13 @@ def _title(figure: "Figure", question: str, settings: Mapping[str, Any], rows: i
 
 
 def plot_accuracy(evaluation: "Evaluation", path: str | Path) -> Path:
-    """What does a smaller budget cost? Accuracy, and agreement where it is known, against the mean budget spent."""
+    """What does a smaller budget cost? Accuracy, and agreement where it is known, against the mean budget spent.
+
+    Raises:
+        ValueError: It is a regression's.
+    """
+    if any(x.error is not None for x in evaluation.results):
+        raise ValueError("evaluation must be of a classifier, got that of a regression, which has no accuracy.")
     names = {"accuracy": "accuracy, 95% interval"}
     if any(x.agreement is not None for x in evaluation.results):
         names["agreement"] = "same label as the full model"
@@ -87,6 +93,8 @@ def plot_accuracy(evaluation: "Evaluation", path: str | Path) -> Path:
         axis.set(xlabel="mean budget spent", ylabel=names[name], xlim=(0, 1.06 * most))
     for x in results:
         color = COLORS["plain" if x.asked is None else "ours"]
+        if x.accuracy is None or x.interval is None:
+            continue
         axes[0].vlines(x.spent, *x.interval, color=color, linewidth=1)
         if x.asked is not None:
             place: dict[str, Any] = {"textcoords": "offset points", "xytext": (5, -10), "fontsize": 7}
@@ -157,34 +165,69 @@ def plot_time(costs: "CostCard", path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
+def _curves(training: Mapping[str, Any]) -> list[tuple[str, list[Any], str]]:
+    """What a training logged that says whether it has settled: title, log and figure of each panel, in its order."""
+    first, second = training.get("stage_one_log_history") or [], training["log_history"]
+    curves = [
+        ("plain model", first, "loss"),
+        ("plain model", first, "eval_accuracy"),
+        ("narrow encoder", second, "divergence"),
+        ("full model", second, "task_loss"),
+        ("plain calls", second, "eval_accuracy"),
+    ]
+    drawn = []
+    for title, log, name in curves:
+        logged = [entry for entry in log if name in entry]
+        if len(logged) > 1 or (logged and name != "eval_accuracy"):  # one accuracy is no curve
+            drawn.append((title, logged, name))
+    return drawn
+
+
+def can_plot_training(training: Mapping[str, Any]) -> bool:
+    """Whether `plot_training` has something to draw."""
+    return any(name != "eval_accuracy" for _, _, name in _curves(training))
+
+
 def plot_training(training: Mapping[str, Any], path: str | Path) -> Path:
-    """Has training settled? The narrow encoder's divergence and the full model's task loss, as `BudgetCallback` logged.
+    """Has training settled? Of each stage the loss, and the accuracy on validation rows where it was logged.
+
+    A batch's divergence is that at the budget drawn for it, which varies more than it falls: the running mean counts.
 
     Args:
-        training: `log_history` of the Trainer; for the title `dataset`, `rows`, and `arguments` with `seed`.
+        training: `log_history` of the Trainer, with what `BudgetCallback` logged, and `stage_one_log_history` where
+            there was a stage before; for the title `dataset`, `rows`, and `arguments` with `seed`.
         path: Of the PNG.
 
     Raises:
         ValueError: Nothing was logged.
     """
-    names = {"divergence": "divergence from the full model's answer", "task_loss": "task loss"}
-    logs = {name: [entry for entry in training["log_history"] if name in entry] for name in names}
-    drawn = [name for name in names if logs[name]]
-    if not drawn:
+    names = {
+        "loss": "task loss",
+        "task_loss": "task loss",
+        "divergence": "divergence from the full model's answer",
+        "eval_accuracy": "accuracy on the validation rows",
+    }
+    if not can_plot_training(training):
         raise ValueError("training must have a log_history with 'divergence' or 'task_loss': use BudgetCallback.")
-    figure, axes = new_figure(len(drawn), width=1.0 + 3.5 * len(drawn))
-    for axis, name in zip(axes, drawn, strict=True):
-        values = np.array([entry[name] for entry in logs[name]])
-        step = [entry["step"] for entry in logs[name]]
+    curves = _curves(training)
+    figure, axes = new_figure(len(curves), width=1.0 + 3.5 * len(curves))
+    for axis, (title, logged, name) in zip(axes, curves, strict=True):
+        steps = [entry["step"] for entry in logged]
+        values = np.array([entry[name] for entry in logged])
+        axis.set(xlabel="training step", ylabel=names[name])
+        axis.set_title(title, fontsize=9)
+        if name == "eval_accuracy":
+            axis.plot(steps, values, "o-", color=COLORS["ours"], markersize=3)
+            continue
         near = max(1, len(values) // 10)
         smooth = [values[max(0, n - near) : n + near + 1].mean() for n in range(len(values))]
-        axis.plot(step, values, ".", color="grey", markersize=3, label="a batch")
-        axis.plot(step, smooth, color=COLORS["ours"], label=f"mean of {2 * near + 1} logs")
-        axis.set(xlabel="training step", ylabel=names[name], ylim=(0, None))
+        axis.plot(steps, values, ".", color="grey", markersize=3, label="a batch")
+        axis.plot(steps, smooth, color=COLORS["ours"], label=f"mean of {2 * near + 1} logs")
+        axis.set(ylim=(0, None))
         axis.legend(fontsize=7)
     settings = {"data": training.get("dataset"), "seed": training.get("arguments", {}).get("seed")}
     _title(figure, "Has training settled?", settings, training.get("rows"))
     return save_figure(figure, path)
 
 
-__all__ = ["plot_accuracy", "plot_inputs", "plot_time", "plot_training"]
+__all__ = ["can_plot_training", "plot_accuracy", "plot_inputs", "plot_time", "plot_training"]

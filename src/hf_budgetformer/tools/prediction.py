@@ -3,20 +3,22 @@
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase, TextClassificationPipeline
 from transformers.utils import logging
 
 from ..configuration_budgetformer import is_share
 from .batching import WINDOW, check_batch_size, tokenized
-from .checkpoints import check_single_label, weights_digest
+from .checkpoints import problem_type, weights_digest
 from .looking import answer_rows
 from .results import write_json
 from .tables import read_rows
-from .tuning import warn_of_shift
+from .tuning import decisions, warn_of_shift
 
 
 def _check_budgeted(model: Any) -> None:
@@ -40,7 +42,7 @@ def predict(
     Rows of these batches that a look doubts share full batches of the next one.
 
     Args:
-        model: A classifier in eval mode, stock or BudgetFormer, one label for each input.
+        model: A classifier in eval mode, stock or BudgetFormer, or a regression.
         tokenizer: Of the model.
         rows: As `tools.tables.read_rows` gives them: text and, for pairs, text_pair; and what is wrong with the row.
         batch_size: Rows the model reads at a time, >= 1.
@@ -51,12 +53,11 @@ def predict(
         first: Number of the first row.
 
     Yields:
-        row, label and its probability, score, and what else was asked for; or row and error.
+        row, what `describe_answer` gives, and what else was asked for; or row and error.
 
     Raises:
         ValueError: An argument is not allowed, or a row is broken.
     """
-    check_single_label(model.config)
     check_batch_size(batch_size)
     if budget is not None and not is_share(budget):
         raise ValueError(f"budget must be a float in (0, 1], got {budget!r}.")
@@ -78,16 +79,39 @@ def predict(
         for places, logits, budgets in answer_rows(model, inputs, tokenizer, batch_size, budget):
             if counts:
                 doubted, counted = doubted + int((budgets > 1.0).sum()), counted + len(places)
-            scores, labels = logits.softmax(-1).max(-1)
-            for index, (place, label) in enumerate(zip(places, labels.tolist(), strict=True)):
+            for index, place in enumerate(places):
                 answer = sound[place][0]
                 del answer["error"]
-                answer |= {"label": model.config.id2label[label], "score": round(scores[index].item(), 6)}
+                answer |= describe_answer(logits[index], model.config)
                 if spent:
                     answer["budget"] = round(budgets[index].item(), 6)
         yield from answers
     if counted:
         warn_of_shift(model.config, doubted, counted)
+
+
+def describe_answer(logits: torch.Tensor, config: Any) -> dict[str, Any]:
+    """A classifier's answer to one input, for JSON.
+
+    Args:
+        logits: (num_labels,), float.
+        config: Of the classifier.
+
+    Returns:
+        label and score, its probability; of several labels at once labels and scores, lists of those that hold; of a
+        regression the score alone, a number, or a list of several.
+    """
+    problem = problem_type(config)
+    if problem == "regression":
+        values = [round(value, 6) for value in logits.tolist()]
+        return {"score": values[0] if len(values) == 1 else values}
+    answer = decisions(logits[None], problem)[0]
+    if problem == "multi_label_classification":
+        labels = answer.nonzero()[:, 0].tolist()
+        scores = logits.sigmoid()[labels].tolist()
+        return {"labels": [config.id2label[label] for label in labels], "scores": [round(x, 6) for x in scores]}
+    label = int(answer)
+    return {"label": config.id2label[label], "score": round(logits.softmax(-1)[label].item(), 6)}
 
 
 def predict_file(
@@ -126,9 +150,11 @@ def predict_file(
         ValueError: As in `read_rows` and `predict`; or another run was cut off here.
     """
     output = Path(output)
+    partial, origin = (output.with_name(output.name + end) for end in (".partial", ".partial.json"))
+    if origin.exists() and not partial.exists():
+        origin.unlink()  # of a run that was cut off after its end
     if output.exists():
         raise FileExistsError(f"{output} is there already: remove it, or name another file.")
-    partial, origin = (output.with_name(output.name + end) for end in (".partial", ".partial.json"))
     run = {"source": source, "split": split, "columns": columns, "batch_size": batch_size, **options}
     run |= {"file": _stamp(source), "weights": weights_digest(model), "max_tokens": tokenizer.model_max_length}
     run = json.loads(json.dumps(run))
@@ -144,8 +170,12 @@ def predict_file(
     done = _cut_to_windows(partial, WINDOW * batch_size)
     rows = itertools.islice(read_rows(source, split, columns), done, None)
     answers = predict(model, tokenizer, rows, batch_size, skip_bad=skip_bad, first=done, **options)
+    total = None
+    if sys.stderr.isatty():  # only there a bar is drawn: it is worth reading all rows once before
+        total = sum(1 for _ in read_rows(source, split, columns))
+    bar = {"desc": "Predicting", "initial": done, "total": total, "unit": " rows", "disable": None}
     with partial.open("a", encoding="utf-8", buffering=1) as file:
-        for answer in logging.tqdm(answers, desc="Predicting", initial=done, unit=" rows", disable=None):
+        for answer in logging.tqdm(answers, **bar):
             file.write(json.dumps(answer) + "\n")
     os.replace(partial, output)
     origin.unlink()
@@ -191,4 +221,4 @@ class BudgetTextClassificationPipeline(TextClassificationPipeline):
         return self.model(**model_inputs, **parameters) if parameters else super()._forward(model_inputs)
 
 
-__all__ = ["BudgetTextClassificationPipeline", "predict", "predict_file"]
+__all__ = ["BudgetTextClassificationPipeline", "describe_answer", "predict", "predict_file"]

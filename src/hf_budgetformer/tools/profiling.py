@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, BatchEncoding, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from ..backbones import stock_config
 from .batching import batches_by_length, tokenized
@@ -269,13 +270,15 @@ class HeldMemory(TorchDispatchMode):
         self.bytes -= self.sizes.pop(storage)
 
 
-def _measure_times(runs: Sequence[Callable[[Any], Any]], batches: Sequence[Any], repeats: int) -> np.ndarray:
+def _measure_times(runs: Sequence[Callable[[Any], Any]], batches: Sequence[Any], repeats: int, name: str) -> np.ndarray:
     """Seconds, (repeats, batches, runs); runs take turns at each batch, and a first round warms up."""
     seconds = np.zeros((repeats + 1, len(batches), len(runs)))
-    for place in np.ndindex(*seconds.shape):
-        start = time.perf_counter()
-        runs[place[2]](batches[place[1]])
-        seconds[place] = time.perf_counter() - start
+    with tqdm(total=seconds.size, desc=name, leave=False, disable=None) as bar:
+        for place in np.ndindex(*seconds.shape):
+            start = time.perf_counter()
+            runs[place[2]](batches[place[1]])
+            seconds[place] = time.perf_counter() - start
+            bar.update()
     return seconds[1:]
 
 
@@ -332,7 +335,7 @@ def cost_card(
     model: nn.Module,
     dataset: "Dataset",
     tokenizer: PreTrainedTokenizerBase,
-    budgets: Iterable[float | None] = BUDGETS,
+    budgets: Iterable[float | None] | None = None,
     batch_size: int = 32,
     rows: int = 256,
     repeats: int = 5,
@@ -348,10 +351,11 @@ def cost_card(
 
     Args:
         model: A BudgetFormer classifier; asked in eval mode, and left in the mode it was in. One that was cut is
-            measured once as it is, whatever `budgets` are, beside no stock model.
+            measured beside no stock model.
         dataset: Typical inputs: texts in `text` and, for pairs, `text_pair`, or tokenized.
         tokenizer: Of the model.
-        budgets: Floats in (0, 1]; None: a plain call.
+        budgets: Floats in (0, 1], and None for a plain call. If there are none, those of `tools.evaluation`; of a model
+            that was cut a plain call alone.
         batch_size: Rows of a batch, >= 1; sorted by length, which saves the stock model padding too.
         rows: How many inputs are taken, evenly spread over the data, >= 1.
         repeats: Times that each batch counts, >= 1.
@@ -372,7 +376,9 @@ def cost_card(
     check_classifier(model)
     check_against(against)
     _check_comparable(against, ours)
-    asked = distinct_budgets(budgets) if ours.config.full_encoder else [None]
+    if budgets is None:
+        budgets = BUDGETS if ours.config.full_encoder else [None]
+    asked = distinct_budgets(budgets)
     for name, count in (("batch_size", batch_size), ("rows", rows), ("repeats", repeats)):
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {count!r}.")
@@ -471,13 +477,17 @@ def _measure(
     timed: list[Callable[[Any], Any]] = [*runs, *(rival.answer for rival in rivals.values())]
     largest = max(batches, key=lambda batch: batch["input_ids"].numel())
     used, source = _measure_energy(runs, batches, rows) if energy else ([(None, None)] * len(runs), None)
-    latency = 1e3 * np.quantile(_measure_times(timed, singles, 1), (0.5, 0.95), axis=(0, 1))  # (2, runs)
+    latency = 1e3 * np.quantile(
+        _measure_times(timed, singles, 1, "Timing single texts"), (0.5, 0.95), axis=(0, 1)
+    )  # (2, runs)
 
     # Last, where anything is compared, the stock model on batches as they come.
     batched: list[Callable[[Any], Any]] = [partial(_run_one_of, run_one, 0) for run_one in timed]
     batched += [partial(_run_one_of, runs[0], 1)] * bool(settings["against"])
     pairs = list(zip(batches, unsorted_batches, strict=True))
-    rates = rows / np.median(_measure_times(batched, pairs, settings["repeats"]).sum(1), axis=0)  # (runs,)
+    rates = rows / np.median(
+        _measure_times(batched, pairs, settings["repeats"], "Timing batches").sum(1), axis=0
+    )  # (runs,)
     costs = []
     for place, (way, owner) in enumerate(zip(ways, owners, strict=True)):
         with HeldMemory([*owner.parameters(), *owner.buffers()]) as held:

@@ -1,17 +1,22 @@
 """The recipe in two stages: fine-tune the backbone as usual, then train a narrow encoder beside it."""
 
 import copy
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -19,9 +24,10 @@ from transformers import (
 from ..backbones import max_input_length
 from ..configuration_budgetformer import BudgetFormerConfig
 from ..modeling_budgetformer import BudgetFormerForSequenceClassification
-from .checkpoints import load_config, load_trained
+from .checkpoints import load_config, load_tokenizer, load_trained, problem_type
+from .evaluation import evaluate_budgets
 from .results import write_json
-from .tables import label_ids
+from .tables import label_values
 from .training import BudgetCallback, add_teacher_logits, mix_rows
 
 
@@ -38,15 +44,37 @@ NARROW_STEPS = 2
 MIXED_ROWS = 1
 
 
-def label_names(dataset: "Dataset") -> list[str]:
+def find_problem(dataset: "Dataset") -> str:
+    """What a training set asks for, by the kind of its labels.
+
+    Returns:
+        "multi_label_classification" where they are lists, "regression" where they are floats, else
+        "single_label_classification".
+    """
+    first = dataset.with_format(None)[0]["label"]
+    if isinstance(first, list):
+        return "multi_label_classification"
+    return "regression" if isinstance(first, float) else "single_label_classification"
+
+
+def label_names(dataset: "Dataset", problem: str = "single_label_classification") -> list[str]:
     """Names of a training set's labels: those of its class label, distinct strings sorted, or LABEL_0 and so on.
 
+    Args:
+        dataset: With the column label.
+        problem: As of `find_problem`. A regression's one value is called LABEL_0, as upstream.
+
     Raises:
-        ValueError: Labels are neither strings nor integers from 0 on, or there are fewer than two.
+        ValueError: Labels are neither strings, bools nor integers from 0 on, or there are fewer than two.
     """
-    names, labels = getattr(dataset.features["label"], "names", None), set(dataset["label"])
-    if names is None and all(isinstance(label, str) for label in labels):
-        names = sorted(labels)
+    if problem == "regression":
+        return ["LABEL_0"]
+    kind, values = dataset.features["label"], dataset.with_format(None)["label"][:]
+    if problem == "multi_label_classification":
+        kind, values = getattr(kind, "feature", kind), [label for labels in values for label in labels]
+    names, labels = getattr(kind, "names", None), set(values)
+    if names is None and all(isinstance(label, str | bool) for label in labels):
+        names = sorted(map(str, labels))
     if names is None and labels == set(range(len(labels))):
         names = [f"LABEL_{label}" for label in sorted(labels)]
     if names is None or len(labels) < 2:
@@ -58,8 +86,27 @@ def label_names(dataset: "Dataset") -> list[str]:
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    logits: Any = prediction.predictions
-    return {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
+    """For the Trainer; nothing of a regression, whose loss says all."""
+    logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    if logits.shape[-1] == 1:
+        return {}
+    right = logits.argmax(-1) == labels if labels.ndim == 1 else ((logits > 0) == (labels > 0.5)).all(-1)
+    return {"accuracy": float(np.mean(right))}
+
+
+class _StageBar(ProgressCallback):
+    """The Trainer's own bar, with the name of the stage before it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
 
 
 def _tokenized(
@@ -71,7 +118,7 @@ def _tokenized(
         return tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
 
     encoded = dataset.map(encode, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
-    return encoded if config is None else encoded.add_column("labels", label_ids(dataset, config).tolist())
+    return encoded if config is None else encoded.add_column("labels", label_values(dataset, config).tolist())
 
 
 def taught_rows(
@@ -92,7 +139,7 @@ def taught_rows(
 
     Args:
         rows: Tokenized rows. Labels that they have are not read.
-        teacher: The fine-tuned model, of one label of many: as in `tools.training.add_teacher_logits`.
+        teacher: The fine-tuned model, as in `tools.training.add_teacher_logits`.
         tokenizer: Of the teacher.
         unlabelled: Further tokenized rows.
         mixed: Rows of `tools.training.mix_rows` for each of these, >= 0.
@@ -103,7 +150,7 @@ def taught_rows(
         `teacher_logits`, and as `labels` the labels that the teacher gives.
 
     Raises:
-        ValueError: `mixed` is below 0, the rows are not tokenized, or the teacher does not choose one label of many.
+        ValueError: `mixed` is below 0, or the rows are not tokenized.
     """
     from datasets import concatenate_datasets  # here, for it takes long to import
 
@@ -115,11 +162,15 @@ def taught_rows(
     given = concatenate_datasets(parts)
     if mixed:
         given = concatenate_datasets([given, mix_rows(given, mixed, tokenizer, seed)])
-    taught = add_teacher_logits(given, teacher, tokenizer)
+    model: Any = teacher if isinstance(teacher, nn.Module) else load_trained(teacher)
+    taught = add_teacher_logits(given, model, tokenizer)
     logits = np.array(taught["teacher_logits"][:])
-    if logits.shape[-1] < 2:
-        raise ValueError("teacher must be a classifier of two labels or more: for a regression use add_teacher_logits.")
-    return taught.add_column("labels", logits.argmax(-1).tolist())
+    labels = {
+        "single_label_classification": logits.argmax(-1),
+        "multi_label_classification": (logits > 0).astype(np.float32),
+        "regression": logits[:, 0] if logits.shape[-1] == 1 else logits,
+    }
+    return taught.add_column("labels", labels[problem_type(model.config)].tolist())
 
 
 def _check_mixed(mixed: int) -> None:
@@ -127,20 +178,36 @@ def _check_mixed(mixed: int) -> None:
         raise ValueError(f"mixed must be an integer >= 0, got {mixed!r}.")
 
 
-def _check_labels(checkpoint: str, train: "Dataset", fine_tuned: bool, new_head: bool) -> Any:
+def _label_fields(names: Sequence[str], problem: str) -> dict[str, Any]:
+    """Fields of a configuration."""
+    numbers = {name: number for number, name in enumerate(names)}
+    return {"id2label": dict(enumerate(names)), "label2id": numbers, "problem_type": problem}
+
+
+def _check_labels(
+    checkpoint: str, train: "Dataset", fine_tuned: bool, new_head: bool, labels: Sequence[str] | None, problem: Any
+) -> dict[str, Any]:
     """The labels that the model gets, as fields of its configuration; raises ValueError where they do not fit."""
+    if labels is not None and len(set(labels)) < max(2, len(labels)):
+        raise ValueError(f"labels must be two different names or more, got {list(labels)}.")
     known = load_config(checkpoint)
     names = sorted(known.label2id, key=known.label2id.get)
     if fine_tuned:
+        if labels is not None and len(labels) != len(names):
+            raise ValueError(f"labels must name the {len(names)} of {checkpoint}, {names}, got {list(labels)}.")
+        for name, value in _label_fields(labels or names, problem or problem_type(known)).items():
+            setattr(known, name, value)
         try:
-            label_ids(train, known)
+            label_values(train, known)
         except ValueError as error:
             raise ValueError(
                 f"checkpoint {checkpoint} has the labels {names}, the data have others ({error}) Leave out fine_tuned "
                 "(--fine-tuned) to fine-tune it on them, or give data with its labels."
             ) from None
+        names, problem = list(labels or names), known.problem_type
     else:
-        found = label_names(train)
+        problem = problem or find_problem(train)
+        found = list(labels or label_names(train, problem))
         # A checkpoint without a classifier has none of these architectures, and two labels by default.
         has_head = any("SequenceClassification" in name for name in known.architectures or [])
         if has_head and not new_head and len(found) != len(names):
@@ -149,11 +216,45 @@ def _check_labels(checkpoint: str, train: "Dataset", fine_tuned: bool, new_head:
                 "new_head=True (--new-head) to train a classifier of its own for them."
             )
         names = found
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: number for number, name in enumerate(names)},
-        "problem_type": "single_label_classification",
+    return _label_fields(names, problem)
+
+
+def last_checkpoint(folder: str | Path, since: Path | None = None) -> str | None:
+    """The last checkpoint of a Trainer in a folder that was written to its end, and from which there are steps to take.
+
+    Going on from one after the last step, a Trainer takes one more.
+
+    Args:
+        folder: The Trainer's `output_dir`.
+        since: A file; checkpoints that are older are of another run.
+
+    Returns:
+        Its folder; None where there is none.
+    """
+    oldest = since.stat().st_mtime_ns if since is not None and since.is_file() else 0
+    steps: dict[int, str] = {}
+    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):  # what the Trainer writes last
+        try:
+            values = json.loads(state.read_text("utf-8"))
+        except ValueError:
+            continue
+        if values["global_step"] < values["max_steps"] and state.stat().st_mtime_ns >= oldest:
+            steps[values["global_step"]] = str(state.parent)
+    return steps[max(steps)] if steps else None
+
+
+def _plain_calls(model: Any, rows: "Dataset", tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, float]:
+    """What plain calls of a trained model answer and spend, beside the full model alone."""
+    full, plain = evaluate_budgets(model, rows, tokenizer, (1.0, None), batch_size).results
+    figures = {
+        "eval_accuracy": plain.accuracy,
+        "eval_error": plain.error,
+        "eval_budget": plain.spent,
+        "eval_agreement": plain.agreement,
+        "eval_full_accuracy": full.accuracy,
+        "eval_full_error": full.error,
     }
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def train_classifier(
@@ -169,6 +270,7 @@ def train_classifier(
     unlabelled: "Dataset | None" = None,
     mixed: int = MIXED_ROWS,
     narrow_learning_rate: float = NARROW_LEARNING_RATE,
+    labels: Sequence[str] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
     """Trains a BudgetFormer from a plain checkpoint, and saves it in `arguments.output_dir`, ready for use.
@@ -187,27 +289,35 @@ def train_classifier(
 
     Args:
         checkpoint: Folder or Hub id of a BERT or RoBERTa model.
-        train: Rows with text, text_pair if there are two, and label, as `tools.tables.read_table` returns them.
-        arguments: Of the Trainer. With `resume_from_checkpoint` stage two goes on, and stage one is not repeated. Give
-            the `seed` of the first run then, for it draws the mixed rows too.
+        train: Rows with text, text_pair if there are two, and label, as `tools.tables.read_table` returns them. Lists
+            as labels make a classifier of several labels at once, floats a regression.
+        arguments: Of the Trainer. With `resume_from_checkpoint` stage two goes on, and stage one is not repeated;
+            "last" goes on, in either stage, from what `last_checkpoint` finds, or begins where there is none. Give the
+            `seed` of the first run then, for it draws the mixed rows too.
         validation: Rows to evaluate on while training, if the arguments say so, and at the end; with it budgets between
             the narrow one and 1 can be asked for.
         fine_tuned: Whether `checkpoint` is a classifier for these labels already, and stays as it is: no stage one.
         together: Whether to train both encoders at once, in one stage.
         new_head: Whether a checkpoint with another number of labels gets a new classifier.
-        max_length: Tokens kept of a text. None: all the tokenizer allows.
+        max_length: Tokens kept of a text, here and wherever the tokenizer that is saved cuts texts. None: all the
+            tokenizer allows.
         source: What the training set is called, for the record.
         unlabelled: Further rows for stage two, with text, and text_pair if the training rows have it. They need no
             labels, for the full model answers them.
         mixed: Mixed rows for each training row and each unlabelled one, >= 0.
         narrow_learning_rate: Of stage two, > 0.
-        **fields: Of `BudgetFormerConfig`.
+        labels: Names of the labels, in the order of their numbers. None: see `label_names`; with `fine_tuned` those of
+            the checkpoint.
+        **fields: Of `BudgetFormerConfig`; problem_type="regression" where integers are no classes.
 
     Returns:
         What is written to `budgetformer/training.json`: "base_model", "teacher", "dataset", "rows", "max_length",
         "arguments" (as given), "narrow" (what differs in stage two: "learning_rate", "num_train_epochs", "rows",
         "unlabelled" and "mixed"; empty where nothing does), "log_history" (of stage two), "validation" (the last
-        figures on it), "seconds" (what stage two took, with asking the teacher) and "stage_one_seconds".
+        figures on it), "seconds" (what stage two took, with asking the teacher), "stage_one_seconds" and
+        "stage_one_log_history". Among the figures on validation rows "eval_accuracy" and "eval_budget" are those of
+        plain calls, "eval_agreement" how often they answer as the full model does, and "eval_full_accuracy" is the full
+        model's; "eval_error" and "eval_full_error" take the place of the accuracies in a regression.
 
     Raises:
         ValueError: An argument is not allowed, or labels are not what `label_names` wants or the checkpoint has.
@@ -229,20 +339,28 @@ def train_classifier(
     if load_config(checkpoint).model_type == "budgetformer" and not fine_tuned:
         raise ValueError(f"checkpoint must be a plain model, or fine_tuned already, got the BudgetFormer {checkpoint}.")
     output, started = Path(str(arguments.output_dir)), time.perf_counter()
-    resumed = arguments.resume_from_checkpoint
+    resumed: str | None = arguments.resume_from_checkpoint
+    goes_on = resumed == "last"
     teacher = load_trained(checkpoint, arguments.device) if fine_tuned else None
-    labels = _check_labels(checkpoint, train, fine_tuned, new_head)
-    config, strange = BudgetFormerConfig.from_pretrained(checkpoint, return_unused_kwargs=True, **labels, **fields)
+    named = _check_labels(checkpoint, train, fine_tuned, new_head, labels, fields.pop("problem_type", None))
+    config, strange = BudgetFormerConfig.from_pretrained(checkpoint, return_unused_kwargs=True, **named, **fields)
     if strange:
         BudgetFormerConfig(**strange)  # says what became of a field of version 0.1
         raise ValueError(f"fields must be those of BudgetFormerConfig, got {sorted(strange)}.")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_input_length(config))
+    if max_length is not None:  # remembered with the model, for whoever cuts texts later
+        if max_length < 1:
+            raise ValueError(f"max_length must be None or an integer >= 1, got {max_length}.")
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     rows = _tokenized(train, tokenizer, max_length, config)
     more = None if unlabelled is None else _tokenized(unlabelled, tokenizer, max_length)
     held_out = None if validation is None else _tokenized(validation, tokenizer, max_length, config)
+    output.mkdir(parents=True, exist_ok=True)  # nothing is refused from here on
 
-    def run(model: Any, rows: "Dataset", folder: Path, **changes: Any) -> tuple[Trainer, dict[str, float]]:
+    def run(
+        model: Any, rows: "Dataset", folder: Path, stage: str, resumed: str | None, **changes: Any
+    ) -> tuple[Trainer, dict[str, float]]:
         own = copy.copy(arguments)
         for name, value in {"output_dir": str(folder), **changes}.items():
             setattr(own, name, value)
@@ -251,6 +369,8 @@ def train_classifier(
         )
         if model.config.model_type == "budgetformer":
             BudgetCallback(order=not together).attach(trainer)
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(_StageBar(stage))
         trainer.train(resume_from_checkpoint=resumed)
         metrics = {} if held_out is None else trainer.evaluate()
         trainer.save_model()
@@ -258,12 +378,22 @@ def train_classifier(
         return trainer, metrics
 
     start, head = checkpoint, {"ignore_mismatched_sizes": new_head}
+    # Beside the teacher, for a run that is resumed without its first stage.
+    record, stage_one = output / "teacher" / "budgetformer" / "training.json", {"seconds": 0.0, "log_history": []}
     if not (fine_tuned or together):
         start = str(output / "teacher")
         if not resumed:
+            record.unlink(missing_ok=True)  # of a run before, which is over
+        if not resumed or (goes_on and not record.is_file()):
             set_seed(arguments.seed)
-            stock = AutoModelForSequenceClassification.from_pretrained(checkpoint, **labels, **head)
-            run(stock, rows, output / "teacher")
+            stock = AutoModelForSequenceClassification.from_pretrained(checkpoint, **named, **head)
+            halfway = last_checkpoint(output / "teacher") if goes_on else None
+            first, _ = run(stock, rows, output / "teacher", "Stage 1 of 2, the plain model", halfway)
+            stage_one = {"seconds": time.perf_counter() - started, "log_history": first.state.log_history}
+            if first.is_world_process_zero():
+                write_json(record, stage_one)
+        elif record.is_file():
+            stage_one = json.loads(record.read_text("utf-8"))
     between = time.perf_counter()
     changes: dict[str, Any] = {}
     about_rows: dict[str, int] = {}
@@ -279,8 +409,14 @@ def train_classifier(
             about_rows = {"rows": len(rows), "unlabelled": 0 if more is None else len(more), "mixed": mixed}
         fields = {"freeze_full": True, **fields}
     set_seed(arguments.seed)
-    model = BudgetFormerForSequenceClassification.from_pretrained(start, **labels, **head, **fields)
-    trainer, metrics = run(model, rows, output, **changes)
+    model = BudgetFormerForSequenceClassification.from_pretrained(start, **named, **head, **fields)
+    number = "" if fine_tuned or together else "Stage 2 of 2, "
+    stage = number + ("both encoders" if together else "the narrow encoder")
+    if goes_on:
+        resumed = last_checkpoint(output, since=record)
+    trainer, metrics = run(model, rows, output, stage[:1].upper() + stage[1:], resumed, **changes)
+    if held_out is not None:
+        metrics |= _plain_calls(model, held_out, tokenizer, arguments.per_device_eval_batch_size)
     found = {
         "base_model": checkpoint,
         "teacher": None if together else start,
@@ -292,11 +428,12 @@ def train_classifier(
         "log_history": trainer.state.log_history,
         "validation": metrics,
         "seconds": time.perf_counter() - between,
-        "stage_one_seconds": between - started,
+        "stage_one_seconds": stage_one["seconds"],
+        "stage_one_log_history": stage_one["log_history"],
     }
     if trainer.is_world_process_zero():
         write_json(output / "budgetformer" / "training.json", found)
     return found
 
 
-__all__ = ["label_names", "taught_rows", "train_classifier"]
+__all__ = ["find_problem", "label_names", "last_checkpoint", "taught_rows", "train_classifier"]

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checkpoints import check_single_label
+from .checkpoints import check_single_label, problem_type
 
 
 if TYPE_CHECKING:
@@ -186,18 +187,37 @@ def read_table(
         logger.warning("%s. Left out.", report)
     if not labelled:
         return Dataset.from_list(good)
-    if source.endswith(".csv") and all(re.fullmatch(r"-?\d+", row["label"]) for row in good):
-        good = [{**row, "label": int(row["label"])} for row in good]
-    table = Dataset.from_list(good)
+    labels = [row["label"] for row in good]
+    if source.endswith(".csv"):
+        labels = _read_numbers(labels)
+    if any(isinstance(label, float) for label in labels):  # 3 among 2.5 and 4.0
+        labels = [float(label) if type(label) is int else label for label in labels]
+    try:
+        table = Dataset.from_list([{**row, "label": label} for row, label in zip(good, labels, strict=True)])
+    except (TypeError, ValueError) as error:  # what pyarrow raises are both
+        raise ValueError(f"{source} must have labels of one kind ({error}).") from None
     kind = features.get((columns or {}).get("label", "label"))
-    return table.cast_column("label", kind) if isinstance(kind, ClassLabel) else table
+    return table.cast_column("label", kind) if isinstance(getattr(kind, "feature", kind), ClassLabel) else table
+
+
+def _read_numbers(labels: list[str]) -> list[Any]:
+    """Labels of a csv file as integers or floats, if all of them are, or else as they are."""
+    if all(re.fullmatch(r"-?\d+", label) for label in labels):
+        return [int(label) for label in labels]
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return list(labels)
+    if all(number.is_integer() for number in numbers):  # classes, as pandas writes them
+        return [int(number) for number in numbers]
+    return numbers
 
 
 def label_ids(dataset: "Dataset", config: Any) -> np.ndarray:
     """The label of each row as the model's number; checks that the rows are what a classifier can be tried on.
 
     Args:
-        dataset: Rows with `label` or `labels`, integers or the names that `config.label2id` knows, and `text` or
+        dataset: Rows with `label` or `labels`, integers, bools or the names that `config.label2id` knows, and `text` or
             `input_ids`. Class labels whose names the model knows count by name.
         config: Of a model that chooses one label of several.
 
@@ -207,9 +227,56 @@ def label_ids(dataset: "Dataset", config: Any) -> np.ndarray:
     Raises:
         ValueError: The model chooses otherwise, a column is missing, there is no row, or a label is not the model's.
     """
-    from datasets import ClassLabel, Dataset  # here, for it takes long to import
-
     check_single_label(config)
+    labels, kind, name = _label_column(dataset)
+    numbers = _label_numbers(labels, kind, config)
+    _check_known(labels, numbers, name, config)
+    return np.array(numbers)
+
+
+def label_values(dataset: "Dataset", config: Any) -> np.ndarray:
+    """The label of each row as a loss takes it, whatever the model answers.
+
+    Args:
+        dataset: As in `label_ids`; for several labels at once the column holds a list for each row, of those that hold
+            or a float 0 or 1 for each label, and for a regression a number.
+        config: Of a classifier.
+
+    Returns:
+        As `label_ids`; of several labels (rows, num_labels) float32, 0 or 1; of a regression (rows,) float32.
+
+    Raises:
+        ValueError: A column is missing, there is no row, or a label is not one that the model could give.
+    """
+    problem = problem_type(config)
+    if problem == "single_label_classification":
+        return label_ids(dataset, config)
+    labels, kind, name = _label_column(dataset)
+    if problem == "regression":
+        if config.num_labels != 1:
+            raise ValueError(f"model must give one number for each input, got num_labels={config.num_labels}.")
+        wrong = [label for label in labels if not isinstance(label, int | float) or not math.isfinite(label)]
+        if wrong:
+            raise ValueError(f"dataset must have finite numbers as {name!r}, got {wrong[0]!r} in {len(wrong)} rows.")
+        return np.array(labels, np.float32)
+    if wrong := [row for row in labels if not isinstance(row, list)]:
+        raise ValueError(f"dataset must have lists of labels as {name!r}, got {wrong[0]!r} in {len(wrong)} rows.")
+    values = np.zeros((len(labels), config.num_labels), np.float32)
+    each = getattr(kind, "feature", kind)
+    for row, row_labels in enumerate(labels):
+        if len(row_labels) == config.num_labels and all(type(x) is float and x in (0.0, 1.0) for x in row_labels):
+            values[row] = row_labels
+            continue
+        numbers = _label_numbers(row_labels, each, config)
+        _check_known(row_labels, numbers, name, config)
+        values[row, numbers] = 1.0
+    return values
+
+
+def _label_column(dataset: "Dataset") -> tuple[list[Any], Any, str]:
+    """The labels of rows that a classifier can be tried on, their feature, and the name of their column."""
+    from datasets import Dataset  # here, for it takes long to import
+
     if not isinstance(dataset, Dataset) or not len(dataset):
         got = "one without rows" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise ValueError(f"dataset must be a datasets.Dataset with at least one row, got {got}.")
@@ -218,19 +285,37 @@ def label_ids(dataset: "Dataset", config: Any) -> np.ndarray:
         if not set(wanted) & set(columns):
             raise ValueError(f"dataset must have a column '{wanted[0]}' or '{wanted[1]}', got the columns {columns}.")
     name = "label" if "label" in columns else "labels"
-    labels: list[Any] = dataset.with_format(None)[name][:]
-    kind, known = dataset.features[name], {str(key): number for key, number in (config.label2id or {}).items()}
-    if isinstance(kind, ClassLabel) and set(kind.names) <= known.keys():
-        labels = [kind.names[number] if number in range(len(kind.names)) else number for number in labels]
-    found = [known.get(label) if isinstance(label, str) else label for label in labels]
+    return dataset.with_format(None)[name][:], dataset.features[name], name
+
+
+def _known_names(config: Any) -> dict[str, int]:
+    return {str(key): number for key, number in (config.label2id or {}).items()}
+
+
+def _label_numbers(labels: list[Any], kind: Any, config: Any) -> list[Any]:
+    """Names and bools become the model's numbers; what is neither stays, and an unknown name becomes None."""
+    known = _known_names(config)
+    names = getattr(kind, "names", None)
+    if names is not None and set(names) <= known.keys():
+        labels = [names[number] if number in range(len(names)) else number for number in labels]
+    numbers = []
+    for label in labels:
+        if isinstance(label, bool):
+            label = known.get(str(label), int(label))
+        elif isinstance(label, str):
+            label = known.get(label)
+        numbers.append(label)
+    return numbers
+
+
+def _check_known(labels: list[Any], numbers: list[Any], name: str, config: Any) -> None:
     allowed = range(config.num_labels)
-    bad = [x for x, number in zip(labels, found, strict=True) if type(number) is not int or number not in allowed]
+    bad = [x for x, number in zip(labels, numbers, strict=True) if type(number) is not int or number not in allowed]
     if bad:
         raise ValueError(
             f"dataset must have integers in [0, {config.num_labels}) as {name!r}, got {bad[0]!r} "
-            f"in {len(bad)} of {len(labels)} rows; names that the model knows are {list(known)}."
+            f"in {len(bad)} of {len(labels)} rows; names that the model knows are {list(_known_names(config))}."
         )
-    return np.array(found)
 
 
-__all__ = ["label_ids", "read_rows", "read_table"]
+__all__ = ["label_ids", "label_values", "read_rows", "read_table"]

@@ -321,8 +321,16 @@ def kept_promise(config: Any) -> dict[str, Any] | None:
     return promise if now == (promise["looks"], promise["thresholds"]) else None
 
 
-def _decisions(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
-    """(B, num_labels) -> what is answered: a label (B,), or for several labels whether each is on (B, num_labels)."""
+def decisions(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """What is answered, by logits of a problem that is no regression.
+
+    Args:
+        logits: (B, num_labels).
+        problem_type: As in a configuration.
+
+    Returns:
+        (B,) int64, the label; or for several labels (B, num_labels) bool, whether each is on.
+    """
     return logits > 0 if problem_type == "multi_label_classification" else logits.argmax(-1)
 
 
@@ -410,7 +418,7 @@ class Calibration:
                     start = time.perf_counter()
                     logits = ours(**inputs, budget=budget).logits
                     confidence[budget].append(margin_of(logits, kind).cpu())
-                    answers[budget].append(_decisions(logits, kind).cpu())
+                    answers[budget].append(decisions(logits, kind).cpu())
                     self.seconds[budget] += time.perf_counter() - start
         finally:
             model.train(was_training)
@@ -623,6 +631,7 @@ __all__ = [
     "calibrate_margins",
     "choose_looks",
     "count_passed",
+    "decisions",
     "describe_promise",
     "find_looks",
     "find_losses",

@@ -1,0 +1,1 @@
+"""What a budget costs a classifier, as a metric."""
