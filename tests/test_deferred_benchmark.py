@@ -59,7 +59,7 @@ def test_shared_batches_are_measured_beside_split_ones_and_reported(measured, tm
         assert found["rows_per_second"]["median"] > 0
         assert (found["ratio_to_split"] is not None) == name.endswith("shared")
     report.main([str(tmp_path / "results"), str(tmp_path / "report")])
-    text = (tmp_path / "report" / "README.md").read_text()
+    text = (tmp_path / "report" / report.PAGE).read_text()
     assert "10 batches of 4, cut at 16 tokens, on cpu; of the rows 10% are doubted" in text
     assert all(f"| {name} | " in text for name in WAYS)
 

@@ -73,7 +73,7 @@ def test_exported_looks_are_measured_beside_the_stock_model_and_reported(measure
         assert found[name]["spent"] == 1.0 if name.startswith("stock") else found[name]["spent"] > 0.0
     assert found["stock, openvino"]["agreement"] == 1.0
     report.main([str(tmp_path / "results"), str(tmp_path / "report")])
-    text = (tmp_path / "report" / "README.md").read_text()
+    text = (tmp_path / "report" / report.PAGE).read_text()
     assert "10 texts in batches of 4 sorted by length, cut at 16 tokens" in text
     assert all(f"| {name} | " in text for name in WAYS)
 
