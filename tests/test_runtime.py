@@ -455,6 +455,9 @@ def test_what_cannot_be_exported_is_named_before_anything_is_written(tokenizer, 
     with pytest.raises(ValueError, match=r"config.looks must be a first look and 1.0 .*, got \[0.25, 0.5, 1.0\]"):
         export_looks(model, tokenizer, target, calibration=texts)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="folder must be one, got the file"):
+        export_looks(small("bert"), tokenizer, tmp_path / "file")
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"folder must be a new one, .* with a config.json of type 'budgetformer'"):
         export_looks(model, tokenizer, tmp_path / "model")

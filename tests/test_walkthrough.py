@@ -131,11 +131,12 @@ def test_the_cut_model_is_smaller_and_onnxruntime_answers_as_it_does(place):
 
 def test_the_exported_looks_answer_as_a_plain_call_does(place):
     rows = read_table(str(place / "test.parquet"))
-    plain = kept(place / "out", "evaluation")
+    model, tokenizer = load_classifier(str(place / "out"), device="cpu")
+    [plain] = evaluate_budgets(model, rows, tokenizer, [None]).results  # the one of the commands came before `tune`
     answers = OnnxClassifier(place / "served")(list(rows["text"]))
     names = rows.features["label"].int2str(rows["label"])
-    assert (answers.labels == np.array(names)).sum() == by_budget(plain, "correct")[None]
-    assert answers.spent.mean() == pytest.approx(by_budget(plain, "spent")[None], abs=1e-3)
+    assert (answers.labels == np.array(names)).sum() == plain.correct
+    assert answers.spent.mean() == pytest.approx(plain.spent, abs=1e-3)
 
 
 def test_the_card_tells_what_was_found(place):

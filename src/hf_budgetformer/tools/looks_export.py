@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 # Names of files that Optimum and others look for.
 _SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 _FULL_NAMES = {"onnx": "model", "openvino": "openvino_model"}
+_TAKEN = "model.onnx"
 _ENDINGS = {"onnx": ".onnx", "openvino": ".xml"}
 _CLASSIFIERS: dict[str, type[LooksClassifier]] = {"onnx": OnnxClassifier, "openvino": OpenVINOClassifier}
 # Rows that NNCF takes ranges from: more take long, much memory, and change little.
@@ -83,7 +84,7 @@ class LooksExport:
                 line += f", doubted below {looks.thresholds[number]:.5g}"
             if looks.agreement is not None:
                 line += f"; {looks.agreement[number]:.1%} of the calibration labelled as in float32"
-            lines.append(line + ("; it was there already." if self.taken and cost == 1.0 else "."))
+            lines.append(line + ("; it was there already." if self.taken and graph == _TAKEN else "."))
         return "\n".join(lines)
 
 
@@ -133,12 +134,13 @@ def export_looks(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".export") as place:
         made = Path(place)
-        traced, taken = _write_float32(ours, tokenizer, looks, made, folder / "onnx" / names[-1])
+        there = folder / "onnx" / _TAKEN if runtime == "onnx" else None
+        traced, taken = _write_float32(ours, tokenizer, looks, made, there)
         reference = OnnxClassifier(made, torch.get_num_threads())
         rows = [] if calibration is None else _encode(reference, calibration)
         of_ranges = np.arange(0)
         if (runtime, dtype) == ("openvino", "int8"):
-            of_ranges = np.linspace(0, len(rows) - 1, min(_RANGE_ROWS, len(rows))).astype(int)
+            of_ranges = np.linspace(0, len(rows) - 1, min(_RANGE_ROWS, (len(rows) + 1) // 2)).astype(int)
         graphs: LooksClassifier = reference
         if (runtime, dtype) != ("onnx", "fp32"):
             graphs = _convert(reference, made, runtime, dtype, names, [rows[row] for row in of_ranges])
@@ -192,7 +194,9 @@ def _check_looks(looks: Looks, config: Any, dtype: str, calibrated: bool) -> Non
 
 
 def _check_folder(folder: Path, config: Any) -> None:
-    """Raises ValueError where it is of another model."""
+    """Raises OSError or ValueError where it is none, or of another model."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder must be one, got the file {folder}.")
     path = folder / "config.json"
     if path.is_file():
         kind = json.loads(path.read_text("utf-8")).get("model_type")
@@ -256,7 +260,9 @@ def _digests(folder: Path, runtime: str, graphs: Iterable[str]) -> dict[str, str
     return {name: file_digest(folder / name) for name in (TOKENIZER_FILE, *_graph_paths(runtime, graphs))}
 
 
-def _write_float32(model: Any, tokenizer: Any, looks: Looks, made: Path, there: Path) -> tuple[list[TracedModel], bool]:
+def _write_float32(
+    model: Any, tokenizer: Any, looks: Looks, made: Path, there: Path | None
+) -> tuple[list[TracedModel], bool]:
     """Writes tokenizer, configuration and graphs; takes the graph that is `there`, if it is the full model's.
 
     Returns:
@@ -273,7 +279,7 @@ def _write_float32(model: Any, tokenizer: Any, looks: Looks, made: Path, there: 
     for budget, name in zip(budgets, looks.graphs, strict=True):
         path = made / "onnx" / name
         traced.append(TracedModel(static_model(model, float(budget)), longest))
-        if name == there.name and there.is_file():
+        if there is not None and name == there.name and there.is_file():
             shutil.copyfile(there, path)
             taken = _answers_right(traced[-1], path)
         if not taken or budget < 1.0:
@@ -365,7 +371,7 @@ def _calibrate(
         made: Folder of the graphs.
     """
     looks, kind = graphs.looks, config.problem_type
-    if not has_confidence(config):
+    if not has_confidence(config) or not len(places):
         return looks
     exact, _ = _ask(reference, rows, places)
     found, seconds = (exact, [1.0, 1.0]) if graphs is reference else _ask(graphs, rows, places)
@@ -385,10 +391,13 @@ def _calibrate(
         losses=find_losses(answers[0], expected[1], labels),
         doubted_losses=find_losses(answers[1], expected[1], labels),
     )
-    tuning = tune_looks([first], asked["risk"], asked["level"], asked["confidence"])
+    risk, level, sure = asked["risk"], asked["level"], asked["confidence"]
+    if graphs is not reference:  # two full models may be tried, each at half the error
+        sure = (1.0 + sure) / 2.0
+    tuning = tune_looks([first], risk, level, sure)
     if tuning.looks == [1.0] and graphs is not reference:
         looks, agreement = _keep_full_model(looks, made), [agreement[0], 1.0]
-        tuning = tune_looks([replace(first, doubted_losses=None)], asked["risk"], asked["level"], asked["confidence"])
+        tuning = tune_looks([replace(first, doubted_losses=None)], risk, level, sure)
     kept = slice(1, 2) if tuning.looks == [1.0] else slice(0, len(tuning.looks))
     names = looks.graphs[kept]
     return replace(
@@ -397,7 +406,7 @@ def _calibrate(
         costs=looks.costs[kept],
         thresholds=tuning.confidence or [],
         agreement=agreement[kept],
-        promise=tuning.promise,
+        promise={**tuning.promise, "confidence": asked["confidence"]},
         sha256={name: looks.sha256[name] for name in (TOKENIZER_FILE, *_graph_paths(looks.runtime, names))},
     )
 
