@@ -58,9 +58,11 @@ def pick_first(tokens: torch.Tensor, layout: Sequences | torch.Tensor | None) ->
 
 
 def turn(
-    parts: Sequence[torch.Tensor], layout: Sequences | torch.Tensor | None, reach: Reach, first: bool
+    parts: Sequence[torch.Tensor], layout: Sequences | torch.Tensor | None, reach: Reach
 ) -> Sequence[torch.Tensor]:
     """Rotates query and key by their positions, value not; each (..., h, d), in float32 as upstream.
+
+    The query may be of first positions alone, as `pick_first` gives them.
 
     Method: Su et al. 2021 (arXiv 2104.09864).
     """
@@ -68,8 +70,10 @@ def turn(
         return parts
     query, key, value = parts
     turned = []
-    for given, asks in ((query, first), (key, False)):
-        cos, sin = ((pick_first(x, layout) if asks else x).unsqueeze(-2) for x in reach.rotary)
+    places = 0 if isinstance(layout, Sequences) else 1
+    for given in (query, key):
+        alone = given.shape[places] != key.shape[places]
+        cos, sin = ((pick_first(x, layout) if alone else x).unsqueeze(-2) for x in reach.rotary)
         x = given.float()
         left, right = x.chunk(2, dim=-1)
         turned.append((x * cos + torch.cat((-right, left), dim=-1) * sin).to(given.dtype))
@@ -89,27 +93,23 @@ def _flash_serves(query: torch.Tensor) -> bool:
 
 
 def attend_packed(
-    parts: Sequence[torch.Tensor],
-    sequences: Sequences,
-    dropout: float = 0.0,
-    reach: Reach = EVERYTHING,
-    first: bool = False,
+    parts: Sequence[torch.Tensor], sequences: Sequences, dropout: float = 0.0, reach: Reach = EVERYTHING
 ) -> torch.Tensor:
     """Attention core within each of the sequences that lie one after the other.
 
     One call for all where variable-length flash attention serves, else one for all neighbours of one length.
 
     Args:
-        parts: Query, key and value, each (T, h, d).
+        parts: Query, key and value, each (T, h, d); the query (B, h, d) where only first tokens ask.
         sequences: Their lengths, together T.
         dropout: Of the attention weights.
         reach: Of the layer.
-        first: Whether only the first token of each sequence asks: the query is (B, h, d) then.
 
     Returns:
         (T, h * d), or (B, h * d).
     """
-    parts = turn(parts, sequences, reach, first)
+    parts = turn(parts, sequences, reach)
+    first = len(parts[0]) < len(parts[1])
     lengths, padded_first, bounds = sequences
     # A window is counted from the end of a sequence there, which is where a lone query would be taken to stand.
     in_place = not (first and reach.window is not None)
@@ -194,21 +194,18 @@ def attend_band(
     return context[:, :, :length]
 
 
-def attend_padded(
-    parts: Sequence[torch.Tensor], mask: torch.Tensor | None, reach: Reach = EVERYTHING, first: bool = False
-) -> torch.Tensor:
+def attend_padded(parts: Sequence[torch.Tensor], mask: torch.Tensor | None, reach: Reach = EVERYTHING) -> torch.Tensor:
     """The same of a padded batch.
 
     Args:
-        parts: Query, key and value, each (B, L, h, d).
+        parts: Query, key and value, each (B, L, h, d); the query (B, 1, h, d) where only first positions ask.
         mask: (B, L), nonzero for real tokens; None: no padding.
         reach: Of the layer.
-        first: Whether only the first position asks: the query is (B, 1, h, d) then.
 
     Returns:
         As the query, (B, L or 1, h * d).
     """
-    q, k, v = (x.transpose(1, 2) for x in turn(parts, mask, reach, first))  # (B, h, L, d)
+    q, k, v = (x.transpose(1, 2) for x in turn(parts, mask, reach))  # (B, h, L, d)
     asked, length = q.shape[2], k.shape[2]
     allowed = None if mask is None else (mask != 0)[:, None, None, :].expand(-1, 1, asked, -1)
     if reach.window is not None and length > reach.window + 1:
@@ -285,7 +282,7 @@ def run_packed(
     parts = project_heads(layer, backbone, read, heads, asking)
     dropout = names.of(layer, "attention_dropout")
     share = getattr(dropout, "p", dropout) if layer.training else 0.0
-    context = attend_packed(parts, sequences, share, reach, first)
+    context = attend_packed(parts, sequences, share, reach)
     hidden = pick_first(hidden, sequences) if first else hidden
     attended = _drop(layer, names, "output_dropout", names.of(layer, "attention_output")(context)) + hidden
     return feed_forward_packed(layer, backbone, attended if backbone.norm_first else norm(attended))

@@ -164,9 +164,9 @@ class NarrowLayer(nn.Module):
         asking = pick_first(hidden, layout) if first else None
         parts = self._project(hidden, computed, asking)
         if isinstance(layout, Sequences):
-            context = attend_packed(parts, layout, reach=reach, first=first)
+            context = attend_packed(parts, layout, reach=reach)
         else:
-            context = attend_padded(parts, layout, reach, first)
+            context = attend_padded(parts, layout, reach)
         return from_first_inputs(self.attention_output, self._close(context, heads * self.size, masked))
 
     def _project(self, hidden: torch.Tensor, heads: int, asking: torch.Tensor | None) -> Sequence[torch.Tensor]:
