@@ -135,6 +135,11 @@ class OpeningOrder:
         return self.looks[paid]
 
 
+def problem_type(config: Any) -> str:
+    """What a classifier's answer is, by the names of `config.problem_type`, where that is not set too."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+
+
 def has_confidence(config: Any) -> bool:
     """Whether answers can be doubted: a regression's cannot."""
     return config.num_labels > 1 and config.problem_type != "regression"

@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention import EVERYTHING, Reach, packed_kind
 from .backbones import BACKBONES, LayerNames, max_input_length, stock_config
-from .budgets import FULL_LOOK, Look, Plan, confidence, has_confidence, plan_budget, plan_looks
+from .budgets import FULL_LOOK, Look, Plan, confidence, has_confidence, plan_budget, plan_looks, problem_type
 from .configuration_budgetformer import EXECUTOR_CHOICES, BudgetFormerConfig, is_share
 from .losses import attach_loss, hidden_divergence, teacher_divergence
 from .narrow import Importance, NarrowEncoder, copy_parameters
@@ -694,7 +694,6 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             ValueError: An argument's shape or value is not allowed.
             TypeError: An argument does not exist.
         """
-        kwargs.pop("return_dict", None)
         given = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
@@ -820,7 +819,6 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
             ValueError: An argument's shape or value is not allowed.
             TypeError: An argument does not exist.
         """
-        kwargs.pop("return_dict", None)
         given = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
@@ -1080,7 +1078,6 @@ class BudgetFormerForSequenceClassification(BudgetFormerTaskModel):
             ValueError: An argument's shape or value is not allowed.
             TypeError: An argument does not exist.
         """
-        kwargs.pop("return_dict", None)
         if labels is not None:
             self._check_labels(labels)
         given = {
@@ -1114,7 +1111,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerTaskModel):
     def _problem_type(self, labels: torch.Tensor | None) -> str:
         if self.config.problem_type is None and labels is not None and self.num_labels > 1:
             return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        return self.config.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+        return problem_type(self.config)
 
     def _classify_routed(
         self,
@@ -1135,8 +1132,8 @@ class BudgetFormerForSequenceClassification(BudgetFormerTaskModel):
                 log["task_loss"] = loss.detach()
             if loss is not None and teacher_logits is not None:
                 loss = (1.0 - self.config.distillation_weight) * loss
-            problem_type = self._problem_type(labels)
-            own = base.encoder.answer_loss(logits, labels, teacher_logits, routing.need, problem_type) + routers_loss
+            kind = self._problem_type(labels)
+            own = base.encoder.answer_loss(logits, labels, teacher_logits, routing.need, kind) + routers_loss
             loss = None if loss is None else loss + own
             logits = attach_loss(logits, own)
             self.training_log = log
@@ -1237,7 +1234,6 @@ class BudgetFormerForQuestionAnswering(BudgetFormerTaskModel):
             ValueError: An argument's shape or value is not allowed.
             TypeError: An argument does not exist.
         """
-        kwargs.pop("return_dict", None)
         given = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,

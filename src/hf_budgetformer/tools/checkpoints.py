@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..backbones import max_input_length
+from ..budgets import problem_type
 from ..configuration_budgetformer import is_share
 
 
@@ -123,11 +124,6 @@ def check_classifier(model: Any) -> None:
         )
 
 
-def problem_type(config: Any) -> str:
-    """What a classifier's answer is, by the names of `config.problem_type`, where that is not set too."""
-    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
-
-
 def check_single_label(config: Any) -> None:
     """Raises ValueError unless the model chooses one label of several."""
     if problem_type(config) != "single_label_classification":
@@ -161,6 +157,5 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "load_trained",
-    "problem_type",
     "weights_digest",
 ]

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..budgets import problem_type
 from ..metrics.budgetformer.budgetformer import describe_answers
 from .batching import WINDOW, check_batch_size, tokenized
-from .checkpoints import distinct_budgets, problem_type
+from .checkpoints import distinct_budgets
 from .looking import answer_rows
 from .tables import label_values
 from .tuning import decisions, warn_of_shift

@@ -205,8 +205,8 @@ def quantize_openvino(source: Path, inputs: Sequence[Mapping[str, Any]]) -> Any:
 
     Args:
         source: Of an ONNX file in float32.
-        inputs: Batches that ranges are taken from, arrays (B, L) by name. NNCF keeps all that it has seen inside the
-            model, so they are to be few.
+        inputs: Batches that ranges are taken from, arrays (B, L) by name; of these the graph's own inputs are read.
+            NNCF keeps all that it has seen inside the model, so they are to be few.
 
     Raises:
         ImportError: OpenVINO or NNCF is not installed.
@@ -220,9 +220,11 @@ def quantize_openvino(source: Path, inputs: Sequence[Mapping[str, Any]]) -> Any:
     # Half the range of int8, or sums overflow on processors without VNNI; onnxruntime's `reduce_range`.
     advanced = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
     with quiet():
+        graph = openvino.Core().read_model(source)
+        names = [given.any_name for given in graph.inputs]
         return nncf.quantize(
-            openvino.Core().read_model(source),
-            nncf.Dataset(inputs),
+            graph,
+            nncf.Dataset([{name: batch[name] for name in names} for batch in inputs]),
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(inputs),
             advanced_parameters=advanced,

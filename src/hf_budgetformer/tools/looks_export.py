@@ -42,7 +42,7 @@ from .looking import plan_call
 from .profiling import stock_model
 from .results import write_json
 from .tables import label_ids
-from .tuning import FirstLook, find_losses, kept_promise, tune_looks
+from .tuning import FirstLook, decisions, find_losses, kept_promise, tune_looks
 
 
 if TYPE_CHECKING:
@@ -311,13 +311,12 @@ def _convert(
         reference.pad([rows[place] for place in places])
         for places in places_by_length(rows, np.arange(len(rows)), _RANGE_BATCH_SIZE)
     ]
-    for before, name, graph in zip(reference.looks.graphs, names, reference.graphs, strict=True):
+    for before, name in zip(reference.looks.graphs, names, strict=True):
         source = made / "onnx" / before
         if runtime == "onnx":
             convert_onnx(source, target / name, dtype)
-            continue
-        inputs = [{name: batch[name] for name in graph.names} for batch in batches]
-        write_openvino(source, target / name, dtype, inputs)
+        else:
+            write_openvino(source, target / name, dtype, batches)
     looks = replace(
         reference.looks,
         runtime=runtime,
@@ -340,11 +339,6 @@ def _ask(classifier: LooksClassifier, rows: Sequence[Encoding], places: np.ndarr
             found[some] = classifier.take_look(number, [rows[place] for place in some]).logits
         seconds.append(time.perf_counter() - start)
     return [found[places] for found in logits], seconds
-
-
-def _decide(logits: np.ndarray, problem_type: str | None) -> np.ndarray:
-    """(n, num_labels) -> what is answered: a label (n,), or for several labels whether each is on (n, num_labels)."""
-    return logits > 0 if problem_type == "multi_label_classification" else logits.argmax(-1)
 
 
 def _calibrate(
@@ -375,7 +369,7 @@ def _calibrate(
         return looks
     exact, _ = _ask(reference, rows, places)
     found, seconds = (exact, [1.0, 1.0]) if graphs is reference else _ask(graphs, rows, places)
-    answers, expected = ([_decide(logits, kind) for logits in x] for x in (found, exact))
+    answers, expected = ([decisions(logits, kind) for logits in x] for x in (found, exact))
     same = [find_losses(own, right) == 0 for own, right in zip(answers, expected, strict=True)]
     agreement = [float(x.mean()) for x in same]
     looks = replace(looks, agreement=agreement)

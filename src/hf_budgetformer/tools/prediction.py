@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextClassificationPipeline
 from transformers.utils import logging
 
+from ..budgets import problem_type
 from ..configuration_budgetformer import is_share
 from .batching import WINDOW, check_batch_size, tokenized
-from .checkpoints import problem_type, weights_digest
+from .checkpoints import weights_digest
 from .looking import answer_rows
 from .results import write_json
 from .tables import read_rows

@@ -22,13 +22,16 @@ from transformers import (
 )
 
 from ..backbones import max_input_length
+from ..budgets import problem_type
 from ..configuration_budgetformer import BudgetFormerConfig
+from ..metrics.budgetformer.budgetformer import describe_answers
 from ..modeling_budgetformer import BudgetFormerForSequenceClassification
-from .checkpoints import load_config, load_tokenizer, load_trained, problem_type
+from .checkpoints import load_config, load_tokenizer, load_trained
 from .evaluation import evaluate_budgets
 from .results import write_json
 from .tables import label_values
 from .training import BudgetCallback, add_teacher_logits, mix_rows
+from .tuning import decisions
 
 
 if TYPE_CHECKING:
@@ -90,8 +93,8 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     if logits.shape[-1] == 1:
         return {}
-    right = logits.argmax(-1) == labels if labels.ndim == 1 else ((logits > 0) == (labels > 0.5)).all(-1)
-    return {"accuracy": float(np.mean(right))}
+    problem = "multi_label_classification" if labels.ndim > 1 else None
+    return {"accuracy": describe_answers(decisions(logits, problem), labels)["accuracy"]}
 
 
 class _StageBar(ProgressCallback):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..budgets import has_confidence
-from ..runtime import OnnxGraph, OpenVINOGraph, unreported
+from ..runtime import INPUTS, OnnxGraph, OpenVINOGraph, unreported
 from .export import convert_onnx, export_onnx, quantize_openvino
 from .profiling import RIVALS, check_against, stock_model
 
@@ -100,8 +100,7 @@ def _in_onnxruntime(path: Path, int8: bool, threads: int) -> Answer:
 def _in_openvino(path: Path, calibration: Sequence[Batch] | None, threads: int) -> Answer:
     if calibration is None:
         return _answer_by(OpenVINOGraph(path, threads))
-    names = OnnxGraph(path, threads).names
-    inputs = [_arrays(names, batch) for batch in _spread(calibration)]
+    inputs = [_arrays(INPUTS, batch) for batch in _spread(calibration)]
     return _answer_by(OpenVINOGraph(quantize_openvino(path, inputs), threads))
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checkpoints import check_single_label, problem_type
+from ..budgets import problem_type
+from .checkpoints import check_single_label
 
 
 if TYPE_CHECKING:

@@ -321,15 +321,15 @@ def kept_promise(config: Any) -> dict[str, Any] | None:
     return promise if now == (promise["looks"], promise["thresholds"]) else None
 
 
-def decisions(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+def decisions(logits: Any, problem_type: str | None) -> Any:
     """What is answered, by logits of a problem that is no regression.
 
     Args:
-        logits: (B, num_labels).
+        logits: (B, num_labels), a tensor or an array.
         problem_type: As in a configuration.
 
     Returns:
-        (B,) int64, the label; or for several labels (B, num_labels) bool, whether each is on.
+        Alike, (B,) int64, the label; or for several labels (B, num_labels) bool, whether each is on.
     """
     return logits > 0 if problem_type == "multi_label_classification" else logits.argmax(-1)
 
