@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from inputs import build_models, load_tokenizer, read_texts, tokenize
-from measure import ROOT, Agreement, interleave, ratio, spread, stopwatch, table
+from measure import ROOT, Agreement, interleave, ratio, show_ratio, spread, stopwatch, table
 
 from hf_budgetformer.budgets import confidence
 from hf_budgetformer.tools.batching import batches_by_length
@@ -171,10 +171,7 @@ def section(result: dict[str, Any]) -> str:
     for threads in settings["threads"]:
         rows = []
         for name, x in figures[str(threads)].items():
-            ratios = [
-                "-" if y is None else f"{y['median']:.2f}x [{y['q1']:.2f}-{y['q3']:.2f}]"
-                for y in (x["ratio"], x["ratio_to_split"])
-            ]
+            ratios = [show_ratio(x["ratio"]), show_ratio(x["ratio_to_split"])]
             rows.append([name, f"{x['rows_per_second']['median']:.0f}", *ratios])
         text += f"\n{threads} threads\n\n" + table(head, rows)
     return text

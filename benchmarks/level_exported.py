@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from level_deferred import answer_shared, answer_split
-from measure import Agreement, interleave, ratio, spread, stopwatch, table
+from measure import Agreement, interleave, ratio, show_ratio, spread, stopwatch, table
 
 from hf_budgetformer.runtime import LooksClassifier, OnnxClassifier, OpenVINOClassifier
 from hf_budgetformer.tools.batching import tokenized
@@ -192,10 +192,7 @@ def section(result: dict[str, Any]) -> str:
     for threads in settings["threads"]:
         rows = []
         for name, x in figures[str(threads)].items():
-            ratios = [
-                "-" if y is None else f"{y['median']:.2f}x [{y['q1']:.2f}-{y['q3']:.2f}]"
-                for y in (x["ratio"], x["ratio_to_openvino_int8"])
-            ]
+            ratios = [show_ratio(x["ratio"]), show_ratio(x["ratio_to_openvino_int8"])]
             latency = f"{x['p50']:.1f} / {x['p95']:.1f} ms, {x['p50_share']:.2f}"
             quality = [f"{x['accuracy']:.1%}", f"{x['agreement']:.1%}", f"{x['spent']:.3f}"]
             rows.append([name, f"{x['rows_per_second']['median']:.0f}", *ratios, latency, *quality])

@@ -121,6 +121,11 @@ class Agreement:
         return {"tolerance": self.tolerance, "max_difference": self.worst, "checks": self.checks}
 
 
+def show_ratio(spread: dict[str, float] | None) -> str:
+    """A ratio with its quartiles."""
+    return "-" if spread is None else f"{spread['median']:.2f}x [{spread['q1']:.2f}-{spread['q3']:.2f}]"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"

@@ -10,7 +10,7 @@ from accuracy.report import plot as accuracy_plot
 from accuracy.report import tables as accuracy_tables
 from level_deferred import section as deferred_section
 from level_exported import section as exported_section
-from measure import table
+from measure import show_ratio, table
 from paper.report import tables as paper_tables
 from reranking import section as reranking_section
 
@@ -35,11 +35,6 @@ stock model in onnxruntime and OpenVINO; "sorted" batches texts by length. The m
 trained; accuracies are further below.
 """
 NOTHING = "\nThere are no measurements of speed yet: `make bench-full` makes them.\n"
-
-
-def times(spread: dict[str, float] | None) -> str:
-    """A ratio with its quartiles."""
-    return "-" if spread is None else f"{spread['median']:.2f}x [{spread['q1']:.2f}-{spread['q3']:.2f}]"
 
 
 def thread_counts(result: dict[str, Any]) -> list[str]:
@@ -96,9 +91,9 @@ def model_section(result: dict[str, Any]) -> str:
             rows.append([
                 name,
                 f"{x['seconds_per_batch']['median'] * 1e3:.0f} ms",
-                times(x["ratio"]),
-                times(x["ratio_to_sorted"]),
-                times(x["ratio_to_all_open"]),
+                show_ratio(x["ratio"]),
+                show_ratio(x["ratio_to_sorted"]),
+                show_ratio(x["ratio_to_all_open"]),
                 f"{latency['p50']:.1f} / {latency['p95']:.1f} ms, {latency['ratio']:.2f}x" if latency else "-",
             ])  # fmt: skip
         head = ["", "batch", "stock /", "sorted stock /", "ours 1 /", "one text: p50 / p95, stock /"]
@@ -119,7 +114,7 @@ def rival_table(found: dict[str, Any], rivals: list[str]) -> str:
     rows = [["labels as stock's", *(f"{found['same_labels'][rival]:.1%}" for rival in rivals)]]
     for name, x in found["ways"].items():
         if name.startswith(("ours", "looks")) and name.endswith("sorted"):
-            rows.append([name, *(times(x["ratio_to_rivals"][rival]) for rival in rivals)])
+            rows.append([name, *(show_ratio(x["ratio_to_rivals"][rival]) for rival in rivals)])
     return table(["", *(f"{rival} sorted /" for rival in rivals)], rows)
 
 
@@ -132,7 +127,7 @@ def cells_section(result: dict[str, Any]) -> str:
         rows: dict[tuple[int, int, int], list[str]] = {}
         for cell in figures["cells"]:
             row = rows.setdefault((cell["batch"], cell["length"], cell["tokens"]), [])
-            row.append(times(cell["ratio"]))
+            row.append(show_ratio(cell["ratio"]))
             if cell["ratio_to_all_open"] and cell["budget"] < 1.0:
                 row[-1] += f", {cell['ratio_to_all_open']['median']:.2f}x of all open"
         worst = figures["worst"]

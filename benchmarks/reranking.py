@@ -18,7 +18,7 @@ import torch
 from accuracy.fits import fit
 from datasets import Dataset
 from inputs import keep_quiet, minilm
-from measure import ROOT, environment, interleave, ratio, read_filled, spread, stopwatch, table
+from measure import ROOT, environment, interleave, ratio, read_filled, show_ratio, spread, stopwatch, table
 from transformers import AutoTokenizer
 
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits
@@ -331,7 +331,7 @@ def section(result: dict[str, Any]) -> str:
             found = speed[name]
             ratios = [found["ratio"], *found["ratio_to_rivals"].values()]
             row.append(f"{found['passages_per_second']['median']:.0f}")
-            row += [f"{x['median']:.2f}x [{x['q1']:.2f}-{x['q3']:.2f}]" for x in ratios]
+            row += map(show_ratio, ratios)
         else:
             row += ["-"] * (2 + len(settings["rivals"]))
         rows.append(row)
