@@ -235,12 +235,14 @@ def test_the_last_layer_run_for_first_positions_alone_is_the_whole_one_there(kin
 
 @pytest.mark.parametrize("length", [9, BAND_QUERIES + 1, 3 * BAND_QUERIES - 5, 5 * BAND_QUERIES])
 @pytest.mark.parametrize("window", [1, 8, 64])
-def test_a_band_is_what_the_masked_square_is(length, window):
+@pytest.mark.parametrize("first_is_global", [False, True])
+def test_a_band_is_what_the_masked_square_is(length, window, first_is_global):
     """Outputs and gradients."""
     draw = torch.Generator().manual_seed(0)
     parts = [torch.randn(2, 3, length, 8, generator=draw).requires_grad_() for _ in range(3)]
-    band = attend_band(*parts, window)
-    square = attend_padded([x.transpose(1, 2) for x in parts], None, Reach(None, window))
+    reach = Reach(None, window, first_is_global)
+    band = attend_band(*parts, reach)
+    square = attend_padded([x.transpose(1, 2) for x in parts], None, reach)
     square = square.unflatten(-1, (3, 8)).transpose(1, 2)
     torch.testing.assert_close(band, square, rtol=1e-5, atol=1e-6)
     wanted = torch.randn(band.shape, generator=draw)
@@ -249,14 +251,15 @@ def test_a_band_is_what_the_masked_square_is(length, window):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_local_attention_of_packed_sequences_is_that_of_the_padded_batch(side):
+@pytest.mark.parametrize("reach", [Reach(None, 16), Reach(None, 16, first_is_global=True)])
+def test_local_attention_of_packed_sequences_is_that_of_the_padded_batch(side, reach):
     draw, lengths = torch.Generator().manual_seed(0), [150, 20, 150, 3]
     mask = (torch.arange(150) < torch.tensor(lengths)[:, None]).long()
     mask = mask if side == "right" else mask.flip(1)
     packing = find_packing(mask, (4, 150), torch.device("cpu"))
     parts = torch.randn(3, 4, 150, 2, 8, generator=draw).unbind(0)
-    expected = attend_padded(parts, mask, Reach(None, 16))
-    got = packing.pad(attend_packed([packing.pack(x) for x in parts], packing.sequences, reach=Reach(None, 16)))
+    expected = attend_padded(parts, mask, reach)
+    got = packing.pad(attend_packed([packing.pack(x) for x in parts], packing.sequences, reach=reach))
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-6)
 
 

@@ -88,7 +88,7 @@ def test_extras_exist(words):
 @pytest.mark.parametrize("words", started_with("budgetformer"))
 def test_the_command_line_has_the_commands_and_options(words):
     typer = pytest.importorskip("typer")
-    from hf_budgetformer.tools import cli
+    import hf_budgetformer_cli as cli
 
     command = typer.main.get_command(cli.app).commands[words[0]]
     with command.make_context(words[0], words[1:]) as context:

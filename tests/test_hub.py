@@ -51,6 +51,7 @@ SHIPPED = {
     "modeling_budgetformer.py",
     "narrow.py",
     "packing.py",
+    "positions.py",
     "relevance.py",
 }
 AUTO_MAP = {

@@ -8,7 +8,7 @@ import pytest
 
 from hf_budgetformer.tools import plots
 from hf_budgetformer.tools.evaluation import BudgetResult, Evaluation
-from hf_budgetformer.tools.profiling import BudgetCost, CostCard
+from hf_budgetformer.tools.profiling import BudgetCost, CostCard, RivalCost
 
 
 pytest.importorskip("matplotlib")
@@ -34,19 +34,22 @@ def training():
     return {"log_history": logs, "arguments": {"seed": 7}, "dataset": "emotion", "rows": 16000}
 
 
-def costs():
+def costs(labelled=False):
     def cost(asked, spent, rate):
-        return BudgetCost(asked, spent, 1e6, 2.0 + spent, 4.0, rate, 12.0)
+        kept = {"accuracy": 0.8, "interval": (0.76, 0.84)} if labelled else {}
+        return BudgetCost(asked, spent, 1e6, 2.0 + spent, 4.0, rate, 12.0, **kept)
 
     results = [cost(1.0, 1.0, 400.0), cost(0.25, 0.25, 800.0), cost(None, 0.5, 500.0)]
     settings = {"data": "/home/somebody/emotion", "seed": 7, "rows": 400, "batch_size": 32}
-    return CostCard(2, 1, cost(None, 1.0, 200.0), results, None, {}, {}, settings)
+    rivals = [RivalCost("onnx-int8", 1.0, 2.0, 450.0, 0.99, 0.79, (0.75, 0.83))] if labelled else []
+    return CostCard(2, 1, cost(None, 1.0, 200.0), results, None, {}, {}, settings, rivals)
 
 
 PLOTS = {
     "accuracy": lambda path: plots.plot_accuracy(evaluation(), path),
     "inputs": lambda path: plots.plot_inputs(evaluation(), path),
     "time": lambda path: plots.plot_time(costs(), path),
+    "gains": lambda path: plots.plot_gains(costs(labelled=True), path),
     "training": lambda path: plots.plot_training(training(), path),
 }
 
@@ -81,7 +84,7 @@ def test_the_same_figures_give_the_same_file(tmp_path):
 def test_every_plot_names_its_question_data_size_and_seed(name, figure):
     question, known = figure(name).get_suptitle().split("\n")
     assert "?" in question
-    data = "somebody/emotion" if name == "time" else "emotion"
+    data = "somebody/emotion" if name in ("time", "gains") else "emotion"
     assert known == f"{data}, n = {'16,000' if name == 'training' else '400'}, seed 7"
 
 
@@ -112,6 +115,17 @@ def test_what_is_spent_is_told_by_deciles(figure):
     np.testing.assert_allclose(by_entropy[:, 1], 0.32 - 0.0005 + 0.04 * np.arange(10))
     assert by_length[:, 0].tolist() == [5.0] * 5 + [30.0] * 5
     assert np.ptp(by_length[:, 1]) < np.ptp(by_entropy[:, 1]) / 3
+
+
+def test_accuracy_is_shown_at_its_speed(figure):
+    [axis] = figure("gains").axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert drawn["a budget for all"] == [[400.0, 0.8], [800.0, 0.8]]
+    assert drawn["a plain call"] == [[500.0, 0.8]]
+    assert drawn["the stock model"] == [[200.0, 0.8], [450.0, 0.79]]
+    assert [text.get_text() for text in axis.texts] == ["1", "0.25", "onnx-int8"]
+    with pytest.raises(ValueError, match="texts with labels"):
+        plots.plot_gains(costs(), "unused")
 
 
 def test_time_is_shown_beside_stock(figure, monkeypatch):

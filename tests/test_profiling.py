@@ -58,6 +58,10 @@ def test_a_cost_card_counts_what_each_budget_runs_on_the_same_batches(texts, tok
         assert x.flops == sum(count_flops(partial(model, **batch, budget=x.asked)) for batch in batches) / 10
         with torch.no_grad():
             assert x.spent == pytest.approx(sum(model(**b, budget=x.asked).budget.sum().item() for b in batches) / 10)
+            answers = torch.cat([model(**b, budget=x.asked).logits.argmax(-1) for b in batches]).tolist()
+        labels = [chosen["label"][place] for places, _ in batches_by_length(chosen, tokenizer, 4) for place in places]
+        assert x.accuracy == np.mean(np.array(answers) == np.array(labels))
+        assert x.interval[0] <= x.accuracy <= x.interval[1]
         assert x.break_even == inputs_to_break_even(60.0, card.stock.throughput, x.throughput)
         assert 0 < x.latency_p50 <= x.latency_p95
         assert x.energy is x.co2e is None
@@ -78,6 +82,15 @@ def test_a_cost_card_prints_as_a_table(texts, tokenizer):
     assert "pays after" not in lines[0]
     assert f"{card.parameters:,} parameters, stock {card.stock_parameters:,}" in str(card)
     assert f"torch {torch.__version__}" in str(card)
+    assert lines[0].endswith("accuracy     95% interval")
+
+
+def test_without_labels_of_the_model_there_is_no_accuracy(texts, tokenizer):
+    model = budgetformer("bert")
+    for rows in (texts.remove_columns("label"), texts.map(lambda row: {"label": row["label"] + 7})):
+        card = cost_card(model, rows, tokenizer, (0.25,), rows=3, repeats=1)
+        assert card.results[0].accuracy is None
+        assert "accuracy" not in str(card)
 
 
 def test_a_cut_model_is_measured_once_beside_nothing(texts, tokenizer):

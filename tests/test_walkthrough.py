@@ -64,7 +64,7 @@ def place(tmp_path_factory):
         rows.select(range(ROWS[name])).to_parquet(place / f"{name}.parquet")
     command = place / "bin" / "budgetformer"
     command.parent.mkdir()
-    command.write_text(f"#!{sys.executable}\nfrom hf_budgetformer.tools.cli import main\n\nmain()\n")
+    command.write_text(f"#!{sys.executable}\nfrom hf_budgetformer_cli import main\n\nmain()\n")
     command.chmod(0o755)
     section = README.split(TITLE)[1].split("\n## ")[0]
     commands = "\n".join(re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL))

@@ -33,10 +33,24 @@ class Reach(NamedTuple):
         rotary: Cosine and sine that turn queries and keys, (T, d) of a packed batch, (1 or B, L, d) of a padded one;
             None: positions are in the embeddings.
         window: Most positions between a query and a key; None: all of the sequence.
+        first_is_global: Whether the first position sees all of the sequence in spite of it, and all see the first.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     window: int | None = None
+    first_is_global: bool = False
+
+    def sees_all(self, length: int, first: bool) -> bool:
+        """Whether no key of a sequence is hidden from a query; `first`: from that of the first position."""
+        return self.window is None or length <= self.window + 1 or (first and self.first_is_global)
+
+    def mask_function(self) -> Callable[..., Any]:
+        """The same for masks that upstream makes."""
+
+        def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return _near(query, key, self)
+
+        return sees
 
 
 EVERYTHING = Reach()
@@ -112,7 +126,7 @@ def attend_packed(
     first = len(parts[0]) < len(parts[1])
     lengths, padded_first, bounds = sequences
     # A window is counted from the end of a sequence there, which is where a lone query would be taken to stand.
-    in_place = not (first and reach.window is not None)
+    in_place = reach.sees_all(max(lengths), first) or not (first or reach.first_is_global)
     if bounds is not None and in_place and not (dropout or padded_first) and _flash_serves(parts[0]):
         return _attend_varlen(parts, sequences, reach, first)
     whole = len(lengths) - padded_first
@@ -124,13 +138,11 @@ def attend_packed(
         asking, asked = (slice(sequence, sequence + count), 1) if first else (places, length)
         q = parts[0][asking].unflatten(0, (count, asked)).transpose(1, 2)  # (count, h, asked, d)
         k, v = (x[places].unflatten(0, (count, length)).transpose(1, 2) for x in parts[1:])
-        if reach.window is None or length <= reach.window + 1:
-            part = F.scaled_dot_product_attention(q, k[:, :, skipped:], v[:, :, skipped:], dropout_p=dropout)
-        elif first:
-            seen = slice(skipped, reach.window + 1)
+        if first or reach.sees_all(length, first):
+            seen = slice(skipped, None if reach.sees_all(length, first) else reach.window + 1)  # type: ignore[operator]
             part = F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], dropout_p=dropout)
         else:
-            part = attend_band(q, k, v, reach.window, skipped, dropout)
+            part = attend_band(q, k, v, reach, skipped, dropout)
         contexts.append(part.transpose(1, 2).reshape(count * asked, -1))  # (count * asked, h * d)
         sequence += count
         token += count * length
@@ -145,34 +157,41 @@ def _attend_varlen(parts: Sequence[torch.Tensor], sequences: Sequences, reach: R
     asking, asked = bounds, longest
     if first:
         asking, asked = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device), 1
-    near = -1 if reach.window is None else reach.window
+    near = -1 if reach.window is None or reach.sees_all(longest, first) else reach.window
     context: Any = varlen_attn(query, key, value, asking, bounds, asked, longest, window_size=(near, near))
     return context.flatten(-2)
 
 
-def attend_band(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, skipped: int = 0, dropout: float = 0.0
-) -> torch.Tensor:
-    """Attention to keys at most `window` positions away: blocks of queries, each against the keys that it can see.
+def _near(queries: torch.Tensor, keys: torch.Tensor, reach: Reach) -> torch.Tensor:
+    """Whether positions see others, bool of the shape that theirs broadcast to."""
+    near = (queries - keys).abs() <= (reach.window or 0)
+    return near | (queries == 0) | (keys == 0) if reach.first_is_global else near
 
-    The work is linear in the length, and exact: what is masked within a block is what stock masks.
+
+def attend_band(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, reach: Reach, skipped: int = 0, dropout: float = 0.0
+) -> torch.Tensor:
+    """Attention to keys at most `reach.window` positions away: blocks of queries against the keys they can see.
+
+    The work is linear in the length, and exact: what is masked within a block is what stock masks. A first position
+    that is global (Beltagy et al. 2020, arXiv 2004.05150) is one more key of each block, and its query asks alone.
 
     Args:
         query: (B, h, L, d).
         key: (B, h, L, d).
         value: (B, h, L, d).
-        window: Most positions between a query and a key, >= 1.
-        skipped: Keys at the start that nothing attends to.
+        reach: Of the layer, with a window >= 1.
+        skipped: Keys at the start that nothing attends to, 0 or 1.
         dropout: Of the attention weights.
 
     Returns:
         (B, h, L, d).
     """
-    length = query.shape[2]
+    length, window, device = query.shape[2], reach.window or 0, query.device
     blocks = -(-length // BAND_QUERIES)
     if length**2 <= blocks * BAND_QUERIES * (BAND_QUERIES + 2 * window):  # the square is less
-        places = torch.arange(length, device=query.device)
-        near = ((places[:, None] - places).abs() <= window) & (places >= skipped)
+        places = torch.arange(length, device=device)
+        near = _near(places[:, None], places, reach) & (places >= skipped)
         near[:, skipped] |= ~near.any(-1)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=near, dropout_p=dropout)
     missing = blocks * BAND_QUERIES - length
@@ -181,17 +200,28 @@ def attend_band(
     k, v = (
         F.pad(x, (0, 0, window, window + missing)).unfold(2, band, BAND_QUERIES).transpose(-1, -2) for x in (key, value)
     )  # (B, h, blocks, band, d)
-    queries = torch.arange(blocks * BAND_QUERIES, device=query.device).view(blocks, BAND_QUERIES, 1)
-    first = torch.arange(blocks, device=query.device) * BAND_QUERIES - window
-    keys = (first[:, None] + torch.arange(band, device=query.device))[:, None]  # (blocks, 1, band)
+    queries = torch.arange(blocks * BAND_QUERIES, device=device).view(blocks, BAND_QUERIES, 1)
+    first = torch.arange(blocks, device=device) * BAND_QUERIES - window
+    keys = (first[:, None] + torch.arange(band, device=device))[:, None]  # (blocks, 1, band)
     seen = ((queries - keys).abs() <= window) & (keys >= skipped) & (keys < length)
+    if reach.first_is_global:
+        k, v = (
+            torch.cat([x[:, :, :1, None].expand(-1, -1, blocks, -1, -1), bands], 3)
+            for x, bands in ((key, k), (value, v))
+        )
+        seen = torch.cat([(queries > window) & (skipped == 0), seen], -1)  # nearer ones have it in their band
     # The last block's queries beyond the end see something too: a row without a key would be undefined.
     seen = seen | (queries >= length)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * blocks, h, ...)
     mask = seen[:, None].repeat(query.shape[0], 1, 1, 1)
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    context = context.unflatten(0, (query.shape[0], blocks)).transpose(1, 2).flatten(2, 3)
-    return context[:, :, :length]
+    context = context.unflatten(0, (query.shape[0], blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    if not reach.first_is_global:
+        return context
+    asked = F.scaled_dot_product_attention(
+        query[:, :, :1], key[:, :, skipped:], value[:, :, skipped:], dropout_p=dropout
+    )
+    return torch.cat([asked, context[:, :, 1:]], 2)
 
 
 def attend_padded(parts: Sequence[torch.Tensor], mask: torch.Tensor | None, reach: Reach = EVERYTHING) -> torch.Tensor:
@@ -208,9 +238,9 @@ def attend_padded(parts: Sequence[torch.Tensor], mask: torch.Tensor | None, reac
     q, k, v = (x.transpose(1, 2) for x in turn(parts, mask, reach))  # (B, h, L, d)
     asked, length = q.shape[2], k.shape[2]
     allowed = None if mask is None else (mask != 0)[:, None, None, :].expand(-1, 1, asked, -1)
-    if reach.window is not None and length > reach.window + 1:
+    if not reach.sees_all(length, asked < length):
         places = torch.arange(length, device=q.device)
-        near = (places[:asked, None] - places).abs() <= reach.window
+        near = _near(places[:asked, None], places, reach)
         allowed = near if allowed is None else allowed & near
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(-2)
 

@@ -109,6 +109,10 @@ class BudgetFormerConfig(PreTrainedConfig):
             its layers): share in [0, 1] of the loss that is the divergence from the teacher. Default 1.
         executor: "auto" (padding removed, closed units skipped) or "masked" (padded, everything computed, closed units
             multiplied by zero: the reference). Default "auto".
+        attention_window: For long inputs: how many tokens, an even number >= 2, a token sees, half of them on either
+            side; and the first one, which sees all and is seen by all (Beltagy et al. 2020, arXiv 2004.05150). Both
+            encoders then differ from the stock class's, which sees everything, and are trained together. None:
+            everything.
         target_budget: With `router="layer"`, as are all that follow: mean share of heads the model's own budget is
             trained towards; None keeps it within [0.1, 0.9] only, as the paper does. Default 0.5.
         budget_sampling: Fraction in [0, 1] of the training batches that run at a requested budget, drawn from
@@ -175,6 +179,9 @@ class BudgetFormerConfig(PreTrainedConfig):
     full_encoder: bool = True
     distillation_weight: float | int = _fraction(1.0)
     executor: str = _checked(f"one of {list(EXECUTOR_CHOICES)}", lambda v: v in EXECUTOR_CHOICES, "auto")
+    attention_window: int | None = _checked(
+        "None or an even integer >= 2", lambda v: v is None or (v >= 2 and v % 2 == 0), None
+    )
 
     target_budget: float | int | None = _share(0.5)
     budget_sampling: float | int = _fraction(0.75)
@@ -223,6 +230,15 @@ class BudgetFormerConfig(PreTrainedConfig):
             raise ValueError(
                 f"opening_order must hold numbers from 0 to {2 * self.num_hidden_layers - 1}, an even one at most "
                 f"{heads} times and an odd one at most {blocks} times, got {order}."
+            )
+
+    def validate_attention_window(self) -> None:
+        """A window is for encoders that see everything."""
+        fixed = BACKBONES[self.backbone_model_type].rotary is not None or self.router == "layer"
+        if self.attention_window is not None and fixed:
+            raise ValueError(
+                f"attention_window must be None with router='layer', and for a backbone of type "
+                f"{self.backbone_model_type!r} if its layers have windows of their own, got {self.attention_window}."
             )
 
     def validate_looks(self) -> None:

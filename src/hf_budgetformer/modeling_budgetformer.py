@@ -37,6 +37,7 @@ from .configuration_budgetformer import EXECUTOR_CHOICES, BudgetFormerConfig, is
 from .losses import attach_loss, hidden_divergence, teacher_divergence
 from .narrow import Importance, NarrowEncoder, copy_parameters
 from .packing import PackedBatch, PaddedBatch, find_packing
+from .positions import extend_positions
 from .relevance import RoutedEncoder, Routing
 
 
@@ -312,12 +313,31 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         base: Any = self.base_model
         base.set_input_embeddings(value)
 
+    def get_position_embeddings(self) -> nn.Embedding | tuple[nn.Embedding]:
+        """The position table.
+
+        Raises:
+            ValueError: The backbone has none, for its positions are rotations.
+        """
+        if self.backbone.rotary is not None:
+            raise ValueError(f"a backbone of type {self.config.backbone_model_type!r} has no position table.")
+        embeddings: Any = getattr(self.base_model, self.backbone.embeddings[0])
+        found: nn.Embedding = embeddings.position_embeddings
+        return found
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Makes room for longer inputs, see [`positions.extend_positions`]."""
+        extend_positions(self, new_num_position_embeddings)
+
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, max_position_embeddings: int | None = None, **kwargs: Any
+    ) -> Any:
         """As upstream; takes BudgetFormer checkpoints and plain ones of a supported backbone, by Hub id or folder.
 
         A plain checkpoint's narrow encoder is born from it: a copy of its most important units, by the norms of their
-        weights. Fields of [`BudgetFormerConfig`] may be given as keyword arguments.
+        weights. Fields of [`BudgetFormerConfig`] may be given as keyword arguments; `max_position_embeddings` extends
+        or cuts the position table, see [`positions.extend_positions`].
 
         Raises:
             ValueError: The checkpoint is one of hf_budgetformer 0.1, or its files are damaged.
@@ -345,6 +365,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
                 model.init_narrow()
             elif any(name.startswith(("narrow.pooler.", "narrow.head.")) for name in lost):
                 model.copy_head()
+        if max_position_embeddings is not None:
+            model.resize_position_embeddings(max_position_embeddings)
         model._freeze()
         return (model, report) if output_loading_info else model
 
@@ -546,8 +568,12 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
 
     def recordings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What is to be recorded of the full encoder, as its forward takes it; empty if nothing is."""
-        names = ("output_hidden_states", "output_attentions")
-        return {name: kwargs.get(name) or True for name in names if self.recorded(kwargs, name)}
+        names = [name for name in ("output_hidden_states", "output_attentions") if self.recorded(kwargs, name)]
+        if names and self.config.attention_window is not None:
+            raise ValueError(
+                f"{names[0]} must be False with attention_window: what is recorded is the stock encoder's."
+            )
+        return {name: kwargs.get(name) or True for name in names}
 
     def refuse_recording(self, kwargs: dict[str, Any]) -> None:
         """Raises ValueError where hidden states or attentions are asked for and the narrow encoder runs."""
@@ -563,7 +589,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         """Of each layer."""
         config: Any = self.config
         if self.backbone.rotary is None:
-            return [EVERYTHING] * config.num_hidden_layers
+            window = config.attention_window
+            reach = EVERYTHING if window is None else Reach(None, window // 2, first_is_global=True)
+            return [reach] * config.num_hidden_layers
         packed = isinstance(embedded.batch, PackedBatch)
         positions: Any = embedded.positions[None] if packed else embedded.positions  # type: ignore[index]
         rotary, found = getattr(self.base_model, self.backbone.rotary), {}
@@ -591,7 +619,11 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             config: Any = base.config
             make = {"config": config, "inputs_embeds": hidden, "attention_mask": batch.mask}
             everything = create_bidirectional_mask(**make)
-            near = create_bidirectional_sliding_window_mask(**make) if self.backbone.rotary else None
+            near = None
+            if self.backbone.rotary:
+                near = create_bidirectional_sliding_window_mask(**make)
+            elif self.config.attention_window is not None:
+                near = create_bidirectional_mask(**make, and_mask_function=reaches[0].mask_function())
             for layer, reach in zip(layers, reaches, strict=True):
                 turned = {} if reach.rotary is None else {"position_embeddings": reach.rotary}
                 hidden = layer(hidden, attention_mask=everything if reach.window is None else near, **turned)

@@ -108,7 +108,7 @@ def _kept_columns(result: BudgetResult) -> str:
     return f"{_percent(result.accuracy):>10}  {interval:<16}{_percent(result.agreement):>11}"
 
 
-def _wilson_interval(correct: int, rows: int) -> tuple[float, float]:
+def wilson_interval(correct: int, rows: int) -> tuple[float, float]:
     """Wilson's score interval, 95%."""
     z = NormalDist().inv_cdf(0.975)
     share, scale = correct / rows, 1.0 + z * z / rows
@@ -207,7 +207,7 @@ def evaluate_budgets(
             results.append(BudgetResult(budget, None, None, None, None, work, doubtful, error))
             continue
         correct = round(figures["accuracy"] * rows)
-        interval = _wilson_interval(correct, rows)
+        interval = wilson_interval(correct, rows)
         results.append(
             BudgetResult(budget, correct, figures["accuracy"], interval, figures.get("agreement"), work, doubtful)
         )
@@ -215,4 +215,4 @@ def evaluate_budgets(
     return Evaluation(rows, results, inputs, settings)
 
 
-__all__ = ["BudgetResult", "Evaluation", "evaluate_budgets"]
+__all__ = ["BudgetResult", "Evaluation", "evaluate_budgets", "wilson_interval"]

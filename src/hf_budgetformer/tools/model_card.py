@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..configuration_budgetformer import BudgetFormerConfig
 from .evaluation import Evaluation
-from .plots import can_plot_training, plot_accuracy, plot_inputs, plot_time, plot_training
+from .plots import can_plot_training, plot_accuracy, plot_gains, plot_inputs, plot_time, plot_training
 from .profiling import CostCard
 from .results import describe_looks, read_results, short_name
 from .tuning import Tuning, describe_promise, kept_promise
@@ -207,6 +207,8 @@ def _draw(folder: Path, measured: dict[str, Any]) -> dict[str, list[Path]]:
             drawn["evaluation"].append(plot_inputs(evaluation, folder / "inputs.png"))
     if costs:
         drawn["costs"].append(plot_time(costs, folder / "time.png"))
+        if costs.results[0].accuracy is not None:
+            drawn["costs"].append(plot_gains(costs, folder / "gains.png"))
     if training and can_plot_training(training):
         drawn["training"].append(plot_training(training, folder / "training.png"))
     return drawn

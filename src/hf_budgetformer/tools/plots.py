@@ -165,6 +165,41 @@ def plot_time(costs: "CostCard", path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
+def plot_gains(costs: "CostCard", path: str | Path) -> Path:
+    """What is an accuracy worth in time? Accuracy against inputs a second, ours and what one could pick instead.
+
+    Raises:
+        ValueError: The texts had no labels.
+    """
+    if any(x.accuracy is None for x in costs.results):
+        raise ValueError("costs must have accuracies: profile on texts with labels.")
+    figure, [axis] = new_figure(1, width=6.0)
+    ours = sorted(costs.results, key=lambda x: x.throughput)
+    asked, plain = ([x for x in ours if (x.asked is not None) == kind] for kind in (True, False))
+    others: list[Any] = [*([costs.stock] if costs.stock else []), *costs.rivals]
+    points: Any
+    for points, color, mark, label in (
+        (asked, "ours", "o-", "a budget for all"),
+        (plain, "plain", "D", "a plain call"),
+        (others, "static", "s", "the stock model"),
+    ):
+        if points:
+            axis.plot(
+                [x.throughput for x in points], [x.accuracy for x in points], mark, color=COLORS[color], label=label
+            )
+            for x in points:
+                axis.vlines(x.throughput, *x.interval, color=COLORS[color], linewidth=0.8, alpha=0.6)
+    place: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, -10), "fontsize": 7}
+    for x in asked:
+        axis.annotate(f"{x.asked:.3g}", (x.throughput, x.accuracy), **place)
+    for rival in costs.rivals:
+        axis.annotate(rival.name, (rival.throughput, rival.accuracy), **{**place, "xytext": (4, 5)})
+    axis.set(xlabel="inputs a second", ylabel="accuracy, 95% interval", xscale="log")
+    axis.legend(fontsize=7, loc="lower left")
+    _title(figure, "What is an accuracy worth in time?", costs.settings, costs.settings.get("rows"))
+    return save_figure(figure, path)
+
+
 def _curves(training: Mapping[str, Any]) -> list[tuple[str, list[Any], str]]:
     """What a training logged that says whether it has settled: title, log and figure of each panel, in its order."""
     first, second = training.get("stage_one_log_history") or [], training["log_history"]
@@ -230,4 +265,4 @@ def plot_training(training: Mapping[str, Any], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
-__all__ = ["can_plot_training", "plot_accuracy", "plot_inputs", "plot_time", "plot_training"]
+__all__ = ["can_plot_training", "plot_accuracy", "plot_gains", "plot_inputs", "plot_time", "plot_training"]

@@ -16,7 +16,8 @@ from ..budgets import problem_type
 from ..configuration_budgetformer import is_share
 from .batching import WINDOW, check_batch_size, tokenized
 from .checkpoints import weights_digest
-from .looking import answer_rows
+from .documents import answer_documents, check_chunks, split_documents
+from .looking import Answers, answer_rows
 from .results import write_json
 from .tables import read_rows
 from .tuning import decisions, warn_of_shift
@@ -37,6 +38,8 @@ def predict(
     spent: bool = False,
     skip_bad: bool = False,
     first: int = 0,
+    chunks: str | None = None,
+    stride: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Classifies texts, reading 64 batches ahead, which are sorted by length; answers come in the order of the rows.
 
@@ -52,6 +55,9 @@ def predict(
         spent: Whether to give `budget`, what was spent on the input.
         skip_bad: Whether a broken row gets an error in place of a label; or else it ends the work.
         first: Number of the first row.
+        chunks: How answers to chunks of `max_length` tokens become the text's, see `tools.documents.pool_answers`; each
+            chunk has looks of its own. None: what is longer is cut off.
+        stride: Tokens that a chunk shares with the one before, >= 0.
 
     Yields:
         row, what `describe_answer` gives, and what else was asked for; or row and error.
@@ -60,12 +66,16 @@ def predict(
         ValueError: An argument is not allowed, or a row is broken.
     """
     check_batch_size(batch_size)
+    if chunks is not None:
+        check_chunks(chunks, stride)
+    elif stride:
+        raise ValueError(f"stride must be 0 without chunks, got {stride!r}.")
     if budget is not None and not is_share(budget):
         raise ValueError(f"budget must be a float in (0, 1], got {budget!r}.")
     if budget is not None or spent:
         _check_budgeted(model)
     numbered = enumerate(rows, first)
-    counts = model.config.model_type == "budgetformer" and budget is None
+    counts = model.config.model_type == "budgetformer" and budget is None and chunks is None  # else of other texts
     doubted = counted = 0
     while window := list(itertools.islice(numbered, WINDOW * batch_size)):
         for number, (_, fault) in window:
@@ -76,8 +86,14 @@ def predict(
         answers: list[dict[str, Any]] = [{"row": number, "error": fault} for number, (_, fault) in window]
         sound = [(answer, row) for answer, (_, (row, fault)) in zip(answers, window, strict=True) if not fault]
         columns = {name: [row[name] for _, row in sound] for name in (sound[0][1] if sound else ())}
-        inputs = tokenized(columns, tokenizer, max_length) if sound else {"input_ids": []}
-        for places, logits, budgets in answer_rows(model, inputs, tokenizer, batch_size, budget):
+        found: Iterable[Answers] = ()
+        if sound and chunks is not None:
+            parts = split_documents(columns, tokenizer, max_length, stride)
+            found = [answer_documents(model, parts, tokenizer, batch_size, budget, chunks)]
+        elif sound:
+            inputs = tokenized(columns, tokenizer, max_length)
+            found = answer_rows(model, inputs, tokenizer, batch_size, budget)
+        for places, logits, budgets in found:
             if counts:
                 doubted, counted = doubted + int((budgets > 1.0).sum()), counted + len(places)
             for index, place in enumerate(places):

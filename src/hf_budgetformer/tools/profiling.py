@@ -21,17 +21,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, BatchEncoding, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
+from transformers.utils.logging import get_logger, tqdm
 
 from ..backbones import stock_config
+from ..budgets import problem_type
 from .batching import batches_by_length, tokenized
 from .checkpoints import check_classifier, distinct_budgets
-from .evaluation import BUDGETS
-from .tuning import describe_promise, kept_promise
+from .evaluation import BUDGETS, wilson_interval
+from .tables import label_values
+from .tuning import decisions, describe_promise, kept_promise
 
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
+
+logger = get_logger(__name__)
 
 # What a user could pick instead: the stock model on batches sorted by length, or in another runtime.
 RIVALS = ("onnx", "onnx-int8", "openvino", "openvino-int8")
@@ -58,6 +62,8 @@ class BudgetCost:
         co2e: kg for the same.
         break_even: Inputs, in batches, after which the time saved has made up for the training; None if never, or if
             it is unknown how long that took.
+        accuracy: Share of the inputs answered rightly; None, as the next, without labels and for a regression.
+        interval: Bounds of the accuracy on inputs like these, 95% (Wilson's score interval).
     """
 
     asked: float | None
@@ -70,6 +76,8 @@ class BudgetCost:
     energy: float | None = None
     co2e: float | None = None
     break_even: int | None = None
+    accuracy: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,8 @@ class RivalCost:
         throughput: As in `BudgetCost`.
         agreement: Share of the inputs that another runtime labels as the stock model does; None for a regression, and
             in plain PyTorch.
+        accuracy: As in `BudgetCost`.
+        interval: As in `BudgetCost`.
     """
 
     name: str
@@ -91,6 +101,8 @@ class RivalCost:
     latency_p95: float
     throughput: float
     agreement: float | None
+    accuracy: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,9 +145,9 @@ class CostCard:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CostCard":
         """From what `to_dict` returned, through JSON or not."""
-        stock = None if values["stock"] is None else BudgetCost(**values["stock"])
-        results = [BudgetCost(**result) for result in values["results"]]
-        rivals = [RivalCost(**rival) for rival in values.get("rivals", [])]
+        stock = None if values["stock"] is None else BudgetCost(**_with_tuple(values["stock"]))
+        results = [BudgetCost(**_with_tuple(result)) for result in values["results"]]
+        rivals = [RivalCost(**_with_tuple(rival)) for rival in values.get("rivals", [])]
         return cls(**{**values, "stock": stock, "results": results, "rivals": rivals})
 
     def __str__(self) -> str:
@@ -143,6 +155,7 @@ class CostCard:
         paid = settings["training_seconds"] is not None
         rows = [["budget", "spent", "MFLOPs", "p50 ms", "p95 ms", "inputs/s", "speed", "MiB"]]
         rows[0] += ["Wh/1,000", "g CO2e/1,000"] * bool(self.energy) + ["pays after"] * paid
+        rows[0] += ["accuracy", "95% interval"] * self._is_labelled
         if self.stock is not None:
             rows.append(self._row("stock, sorted" if self.rivals else "stock", self.stock, paid))
         for x in self.results:
@@ -164,14 +177,19 @@ class CostCard:
         compared = ["", *_table(self._rival_rows()), "", self._answer_to_buyer()] if self.rivals else []
         return "\n".join([*_table(rows), "", *notes, *compared])
 
+    @property
+    def _is_labelled(self) -> bool:
+        return self.results[0].accuracy is not None
+
     def _rival_rows(self) -> list[list[str]]:
         """The stock model run otherwise, and how many times its inputs a second each budget answers."""
         names = [_budget_name(x) for x in self.results]
-        rows = [["instead", "p50 ms", "p95 ms", "inputs/s", "same labels", *(f"{name} gains" for name in names)]]
+        kept = ["same labels", *["accuracy"] * self._is_labelled]
+        rows = [["instead", "p50 ms", "p95 ms", "inputs/s", *kept, *(f"{name} gains" for name in names)]]
         for rival in self.rivals:
             agreement = "-" if rival.agreement is None else f"{rival.agreement:.1%}"
             row = [_rival_name(rival), f"{rival.latency_p50:.2f}", f"{rival.latency_p95:.2f}"]
-            row += [f"{rival.throughput:.1f}", agreement]
+            row += [f"{rival.throughput:.1f}", agreement, *_kept_columns(rival)[: self._is_labelled]]
             rows.append(row + [f"{x.throughput / rival.throughput:.2f}x" for x in self.results])
         return rows
 
@@ -200,7 +218,20 @@ class CostCard:
         row = [name, f"{x.spent:.3f}", f"{x.flops / 1e6:.2f}", f"{x.latency_p50:.2f}", f"{x.latency_p95:.2f}"]
         row += [f"{x.throughput:.1f}", speed, f"{x.peak_memory:.1f}"]
         row += [f"{1e3 * amount:.3g}" for amount in (x.energy, x.co2e) if amount is not None]
-        return row + ["-" if x.break_even is None else f"{x.break_even:,}"] * paid
+        row += ["-" if x.break_even is None else f"{x.break_even:,}"] * paid
+        return row + _kept_columns(x) * self._is_labelled
+
+
+def _with_tuple(values: dict[str, Any]) -> dict[str, Any]:
+    interval = values.get("interval")
+    return {**values, "interval": None if interval is None else tuple(interval)}
+
+
+def _kept_columns(x: BudgetCost | RivalCost) -> list[str]:
+    """Accuracy and its interval."""
+    if x.accuracy is None or x.interval is None:
+        return ["-", "-"]
+    return [f"{x.accuracy:.1%}", "[{:.1%}, {:.1%}]".format(*x.interval)]
 
 
 def _budget_name(x: BudgetCost) -> str:
@@ -352,7 +383,8 @@ def cost_card(
     Args:
         model: A BudgetFormer classifier; asked in eval mode, and left in the mode it was in. One that was cut is
             measured beside no stock model.
-        dataset: Typical inputs: texts in `text` and, for pairs, `text_pair`, or tokenized.
+        dataset: Typical inputs: texts in `text` and, for pairs, `text_pair`, or tokenized; with labels, as in
+            `tools.tables.label_values`, accuracy is counted too.
         tokenizer: Of the model.
         budgets: Floats in (0, 1], and None for a plain call. If there are none, those of `tools.evaluation`; of a model
             that was cut a plain call alone.
@@ -388,9 +420,12 @@ def cost_card(
     chosen = np.unique(np.linspace(0, len(dataset) - 1, rows).astype(int))
     columns = dataset.with_format(None)[chosen.tolist()]
     inputs = tokenized(columns, tokenizer, max_length)
-    batches, singles = (
-        [batch.to(ours.device) for _, batch in batches_by_length(inputs, tokenizer, size)] for size in (batch_size, 1)
-    )
+    places, batches = zip(*batches_by_length(inputs, tokenizer, batch_size), strict=True)
+    batches = [batch.to(ours.device) for batch in batches]
+    singles = [batch.to(ours.device) for _, batch in batches_by_length(inputs, tokenizer, 1)]
+    labels = _labels_of(dataset, ours.config)
+    if labels is not None:
+        labels = labels[chosen][np.concatenate(places)]
     unsorted_batches = [batch.to(ours.device) for batch in _batches_in_order(inputs, tokenizer, batch_size)]
     masks = [batch["attention_mask"] for batch in batches]
     settings = {
@@ -410,9 +445,30 @@ def cost_card(
     model.eval()
     try:
         with torch.no_grad():
-            return _measure(ours, asked, batches, unsorted_batches, singles, settings, energy)
+            return _measure(ours, asked, batches, unsorted_batches, singles, labels, settings, energy)
     finally:
         model.train(was_training)
+
+
+def _labels_of(dataset: "Dataset", config: Any) -> np.ndarray | None:
+    """Labels of all rows that accuracy is counted by; None where there are none that the model could give."""
+    if problem_type(config) == "regression" or not {"label", "labels"} & set(dataset.column_names):
+        return None
+    try:
+        return label_values(dataset, config)
+    except ValueError as error:
+        logger.warning("Accuracy is left out: %s", error)
+        return None
+
+
+def _kept(logits: Sequence[torch.Tensor], labels: np.ndarray | None, config: Any) -> dict[str, Any]:
+    """Accuracy and its interval, of logits in the order of the labels."""
+    if labels is None:
+        return {}
+    answers = decisions(torch.cat([x.float().cpu() for x in logits]), problem_type(config)).numpy()
+    right = answers == labels
+    correct = int((right if right.ndim == 1 else right.all(-1)).sum())
+    return {"accuracy": correct / len(labels), "interval": wilson_interval(correct, len(labels))}
 
 
 def check_against(against: Sequence[str], allowed: Sequence[str] = AGAINST) -> None:
@@ -455,6 +511,7 @@ def _measure(
     batches: Any,
     unsorted_batches: Any,
     singles: Any,
+    labels: np.ndarray | None,
     settings: dict[str, Any],
     energy: bool,
 ) -> CostCard:
@@ -493,8 +550,9 @@ def _measure(
         with HeldMemory([*owner.parameters(), *owner.buffers()]) as held:
             runs[place](largest)
         rate, spent, paid = rates[place].item(), 1.0, None
+        outs = [way(**batch) for batch in batches]
         if owner is model:
-            spent = sum(way(**batch).budget.sum().item() for batch in batches) / rows
+            spent = sum(out.budget.sum().item() for out in outs) / rows
         if owner is model and stock is not None:
             paid = inputs_to_break_even(settings["training_seconds"], rates[0].item(), rate)
         cost = BudgetCost(
@@ -508,9 +566,11 @@ def _measure(
             energy=used[place][0],
             co2e=used[place][1],
             break_even=paid,
+            **_kept([out.logits for out in outs], labels, model.config),
         )
         costs.append(cost)
     others = []
+    stock_logits = [] if stock is None else [stock(**batch).logits for batch in batches]
     for name in [AS_THEY_COME, *settings["against"]] if settings["against"] else []:
         place = len(runs) + list(rivals).index(name) if name in rivals else 0
         other = RivalCost(
@@ -519,6 +579,9 @@ def _measure(
             latency_p95=latency[1, place].item(),
             throughput=rates[-1 if name == AS_THEY_COME else place].item(),
             agreement=rivals[name].agreement if name in rivals else None,
+            **_kept(
+                [timed[place](batch) for batch in batches] if name in rivals else stock_logits, labels, model.config
+            ),
         )
         others.append(other)
     return CostCard(

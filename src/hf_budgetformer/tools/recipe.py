@@ -26,6 +26,7 @@ from ..budgets import problem_type
 from ..configuration_budgetformer import BudgetFormerConfig
 from ..metrics.budgetformer.budgetformer import describe_answers
 from ..modeling_budgetformer import BudgetFormerForSequenceClassification
+from ..positions import extend_positions
 from .checkpoints import load_config, load_tokenizer, load_trained
 from .evaluation import evaluate_budgets
 from .results import write_json
@@ -339,7 +340,17 @@ def train_classifier(
         )
     if fine_tuned and together:
         raise ValueError("fine_tuned and together must not both be True: what stays as it is does not learn.")
-    if load_config(checkpoint).model_type == "budgetformer" and not fine_tuned:
+    known = load_config(checkpoint)
+    longer = fields.get("max_position_embeddings", 0) > known.max_position_embeddings
+    if fine_tuned and longer:
+        raise ValueError(
+            "max_position_embeddings must not exceed the checkpoint's with fine_tuned, for positions are learned, got "
+            f"{fields['max_position_embeddings']} > {known.max_position_embeddings}."
+        )
+    window = fields.get("attention_window")
+    if not together and window is not None and window != getattr(known, "attention_window", None):
+        raise ValueError(f"attention_window={window} needs together=True (--together), the stock model has none.")
+    if known.model_type == "budgetformer" and not fine_tuned:
         raise ValueError(f"checkpoint must be a plain model, or fine_tuned already, got the BudgetFormer {checkpoint}.")
     output, started = Path(str(arguments.output_dir)), time.perf_counter()
     resumed: str | None = arguments.resume_from_checkpoint
@@ -351,7 +362,8 @@ def train_classifier(
         BudgetFormerConfig(**strange)  # says what became of a field of version 0.1
         raise ValueError(f"fields must be those of BudgetFormerConfig, got {sorted(strange)}.")
     tokenizer = load_tokenizer(checkpoint)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_input_length(config))
+    longest = max_input_length(config)
+    tokenizer.model_max_length = longest if longer else min(tokenizer.model_max_length, longest)
     if max_length is not None:  # remembered with the model, for whoever cuts texts later
         if max_length < 1:
             raise ValueError(f"max_length must be None or an integer >= 1, got {max_length}.")
@@ -390,6 +402,8 @@ def train_classifier(
         if not resumed or (goes_on and not record.is_file()):
             set_seed(arguments.seed)
             stock = AutoModelForSequenceClassification.from_pretrained(checkpoint, **named, **head)
+            if "max_position_embeddings" in fields:
+                extend_positions(stock, fields["max_position_embeddings"])
             halfway = last_checkpoint(output / "teacher") if goes_on else None
             first, _ = run(stock, rows, output / "teacher", "Stage 1 of 2, the plain model", halfway)
             stage_one = {"seconds": time.perf_counter() - started, "log_history": first.state.log_history}

@@ -104,7 +104,7 @@ def _fault(row: Any, wanted: Mapping[str, str]) -> str | None:
 
 
 def _check(
-    rows: Iterable[Any], source: str, columns: Mapping[str, str] | None, labelled: bool
+    rows: Iterable[Any], source: str, columns: Mapping[str, str] | None, labelled: bool | None
 ) -> Iterator[tuple[dict[str, Any], str | None]]:
     names = {"text": "text", "text_pair": "text_pair", "label": "label"}
     if unknown := (columns or {}).keys() - names.keys():
@@ -113,7 +113,9 @@ def _check(
     wanted: dict[str, str] = {}
     for row in rows:
         if not wanted and isinstance(row, Mapping):  # the first sound row tells which columns there are
-            wanted = dict(names) if labelled else {name: names[name] for name in ("text", "text_pair")}
+            wanted = dict(names)
+            if labelled is False or (labelled is None and names["label"] not in row):
+                del wanted["label"]
             if "text_pair" not in (columns or {}) and names["text_pair"] not in row:
                 del wanted["text_pair"]
             for name, column in wanted.items():
@@ -154,7 +156,7 @@ def read_table(
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     skip_bad: bool = False,
-    labelled: bool = True,
+    labelled: bool | None = True,
 ) -> "Dataset":
     """Texts, all at once: the columns text, text_pair if there is one, and label.
 
@@ -163,7 +165,7 @@ def read_table(
         split: As in `read_rows`.
         columns: As in `read_rows`.
         skip_bad: Whether to go on without the rows that are broken, and log which; or else they are an error.
-        labelled: Whether labels are needed, and read.
+        labelled: Whether labels are needed, and read; None: they are read where there are any.
 
     Raises:
         OSError: There is no such source.
@@ -186,7 +188,7 @@ def read_table(
         if not skip_bad or not good:
             raise ValueError(f"{report}. Mend them, or go on without them: skip_bad=True (--skip-bad).")
         logger.warning("%s. Left out.", report)
-    if not labelled:
+    if not good or "label" not in good[0]:
         return Dataset.from_list(good)
     labels = [row["label"] for row in good]
     if source.endswith(".csv"):

@@ -1,4 +1,4 @@
-"""The command line, `budgetformer`: each command is a thin layer over a function of this package.
+"""The command line, `budgetformer`: each command is a thin layer over a function of `hf_budgetformer`.
 
 Imports nothing heavy before a command runs, so that help comes at once.
 """
@@ -197,7 +197,7 @@ def _keep_quiet() -> None:
         logging.disable_progress_bar()
 
 
-def _read(data: str, split: str | None, columns: list[str] | None, skip_bad: bool, labelled: bool = True) -> Any:
+def _read(data: str, split: str | None, columns: list[str] | None, skip_bad: bool, labelled: bool | None = True) -> Any:
     from hf_budgetformer.tools.tables import read_table
 
     _keep_quiet()
@@ -438,7 +438,7 @@ def profile(
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Time, FLOPs and memory beside the stock model, measured here; after how many texts training has paid."""
+    """Time, FLOPs, memory and, with labels, accuracy beside the stock model; after how many texts training has paid."""
     asked = _parse_budgets(budgets)
     from hf_budgetformer.tools.profiling import check_against, cost_card
 
@@ -448,7 +448,7 @@ def profile(
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from None
     model, tokenizer = _load(checkpoint, device)
-    texts, seconds = _read(data, split, column, skip_bad, labelled=False), _training(checkpoint).get("seconds")
+    texts, seconds = _read(data, split, column, skip_bad, labelled=None), _training(checkpoint).get("seconds")
     found = cost_card(model, texts, tokenizer, asked, batch_size, rows, repeats, max_length, seconds, energy, others)
     _finish(found, as_json, checkpoint, "costs", data, split, found.settings["rows"])
 
@@ -559,6 +559,14 @@ def predict(
     ] = None,
     budget: Budget = None,
     spent: Annotated[bool, typer.Option("--spent", help="Give the share of the full model's work spent.")] = False,
+    chunks: Annotated[
+        str | None,
+        typer.Option(
+            help="Read all of a long text, in chunks of --max-length tokens, and answer by their mean, max or vote.",
+            show_default=False,
+        ),
+    ] = None,
+    stride: Annotated[int, typer.Option(min=0, help="Tokens that a chunk shares with the one before.")] = 0,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
     device: Device = None,
@@ -571,12 +579,18 @@ def predict(
         raise typer.BadParameter("texts must be given as arguments or by --file, not both.")
     if output and not file:
         raise typer.BadParameter("--output needs --file; what comes from elsewhere is printed.")
+    if chunks not in (None, "mean", "max", "vote"):
+        raise typer.BadParameter(f"--chunks must be mean, max or vote, got {chunks!r}.")
+    if stride and chunks is None:
+        raise typer.BadParameter(f"--stride is of --chunks, got {stride} alone.")
     from hf_budgetformer.tools import prediction
     from hf_budgetformer.tools.tables import read_rows
 
     columns = _parse_pairs("--column", column)
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "budget": budget, "spent": spent}
     options["skip_bad"] = skip_bad
+    if chunks is not None:
+        options |= {"chunks": chunks, "stride": stride}
     model, tokenizer = _load(checkpoint, device, budgeted=False)
     if file and output:
         done = prediction.predict_file(model, tokenizer, file, output, split, columns, **options)

@@ -1,0 +1,128 @@
+"""The benchmark of long documents: its generator, its arithmetic on answers made up here, and a run of no meaning."""
+
+# ruff: noqa: E402 - benchmarks are scripts beside one another, found by their folder
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import BertConfig, BertForSequenceClassification
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from long import report, run, ways
+from long.needles import OBJECTS, PEOPLE, make_documents
+from long.ways import Answered, judge, scores_of_needles
+
+
+def test_a_claim_follows_from_its_document_or_does_not():
+    """Solved here by reading the statements in order."""
+    rows = list(make_documents(["some words about it.", "Other words."], 80, 0, 20))
+    for row in rows:
+        holders = {}
+        links = dict.fromkeys(OBJECTS, 0)
+        for person, thing in re.findall(rf"({'|'.join(PEOPLE)}) has the (\w+)\.", row["text"]):
+            holders[thing] = person
+        told = rf"({'|'.join(PEOPLE)}) (?:gives|hands|passes) the (\w+) (?:on )?to ({'|'.join(PEOPLE)})\."
+        for giver, thing, taker in re.findall(told, row["text"]):
+            assert holders[thing] == giver
+            holders[thing], links[thing] = taker, links[thing] + 1
+        person, thing = re.fullmatch(r"(\w+) has the (\w+)\.", row["text_pair"]).groups()
+        assert (holders[thing] == person) == bool(row["label"])
+        assert links[thing] == row["hops"]
+        assert 0.0 <= row["depth"] <= 1.0
+    assert [sum(row["hops"] == x for row in rows) for x in range(4)] == [20] * 4
+    assert rows == list(make_documents(["some words about it.", "Other words."], 80, 0, 20))
+
+
+def made_up(seed):
+    """30 documents of 1 to 4 chunks; a narrow look is right where it is sure."""
+    draw = np.random.default_rng(seed)
+    counts = draw.integers(1, 5, 30)
+    owners = np.repeat(np.arange(30), counts)
+    labels = draw.integers(0, 2, 30)
+    full = np.where(np.eye(2)[labels[owners]] > 0, 4.0, 0.0).astype(np.float32)
+    sure = draw.random(len(owners)) < 0.7
+    narrow = np.where(sure[:, None], full, np.float32([[0.1, 0.0]])).astype(np.float32)
+    chunks = {1.0: full, 1 / 4: full * 0.9, 1 / 6: narrow, 1 / 12: narrow}
+    first = np.unique(owners, return_index=True)[1]
+    ends = {budget: logits[first] for budget, logits in chunks.items()}
+    return Answered(chunks, ends, owners, np.full(len(owners), 10), np.full(30, 10), labels)
+
+
+@pytest.fixture(autouse=True)
+def few_thresholds(monkeypatch):
+    monkeypatch.setattr(ways, "GRID", np.array([0.0, 0.5, 0.9, 1.0]))
+
+
+def test_ways_are_judged_by_what_they_answer_and_cost():
+    calibration, test = made_up(0), made_up(1)
+    found = judge(calibration, test)
+    assert found["chunks"] == {"accuracy": 1.0, "agreement": 1.0, "cost": 1.0}
+    assert found["chunks at 1/4"]["cost"] == pytest.approx(0.25)
+    counts = np.bincount(test.owners)
+    assert found["first"]["cost"] == pytest.approx((1 / counts).mean())
+    # A quarter of the work is right everywhere here, so that looks stop there.
+    assert found["chunks, looks"]["cost"] <= 0.4
+    assert found["chunks, looks"]["agreement"] == 1.0
+    cascade = found["width: all chunks at 1/12, then open"]
+    assert 1 / 12 < cascade["cost"] < 1.0 + 1 / 12
+    assert all(way["cost"] <= 0.5 + 0.1 for way in found["at_cost"]["0.5"].values())
+
+
+def test_what_is_spent_is_held_against_hops():
+    draw = np.random.default_rng(0)
+    hops, labels = np.arange(80) % 4, draw.integers(0, 2, 80)
+    full = np.where(np.eye(2)[labels] > 0, 4.0, 0.0).astype(np.float32)
+    narrow = np.where((hops > 1)[:, None], np.float32([[0.1, 0.0]]), full).astype(np.float32)
+    logits = {1.0: full, 1 / 4: full, 1 / 6: narrow, 1 / 12: narrow}
+    found = scores_of_needles(
+        {x: logits for x in ("calibration", "test")}, {x: labels for x in ("calibration", "test")}, hops, hops / 3
+    )
+    assert found["looks"]["agreement"] == 1.0
+    assert found["spearman"]["hops"] > 0.8
+    assert found["by_hops"]["0"]["spent"] == pytest.approx(1 / 12)
+    assert found["by_hops"]["3"]["spent"] == pytest.approx(1 / 12 + 1 / 4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tiny").mkdir()
+    for split, count in (("train", 24), ("validation", 12), ("test", 12)):
+        texts = [" ".join(["goal match" if row % 2 else "market share"] * (5 + row)) for row in range(count)]
+        columns = {"text": texts, "label": [row % 2 for row in range(count)]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "tiny" / f"{split}.parquet")
+    return folder
+
+
+def test_a_run_trains_judges_times_and_is_told(data, tmp_path, monkeypatch):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 48}
+    BertForSequenceClassification(BertConfig(**sizes, max_position_embeddings=32)).save_pretrained(tmp_path / "model")
+    run.load_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(run, "minilm", lambda: str(tmp_path / "model"))
+    own = {"train": 24, "calibration": 12, "test": 12, "epochs": 1, "batch_size": 8, "long": 8}
+    settings = {"data": {"tiny": own}, "chunk": 16, "long": 64, "learning_rate": 1e-4}
+    options = argparse.Namespace(data=data, work=tmp_path / "work", time=True, no_long=False)
+    found = run.run_documents("tiny", options, settings, 0)
+    assert found["ways"]["chunks"]["agreement"] == 1.0
+    assert found["timing"]["chunks"]["of_chunks"]["median"] == 1.0
+    assert found["long"]["ways"]["chunks"]["cost"] == 1.0
+    assert 0.0 <= found["svm"]["accuracy"] <= 1.0
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(
+        "".join(f"<!-- [start:{x}] -->\n<!-- [end:{x}] -->\n" for x in ("ways", "worth", "needles", "lengths"))
+    )
+    (tmp_path / "results").mkdir()
+    run.write(tmp_path / "results", "tiny", 0, settings, 1, found)
+    report.main([str(tmp_path / "results"), str(page)])
+    assert "TF-IDF and a linear SVM" in page.read_text()
+    assert (page.parent / "images" / "long_documents.png").stat().st_size > 1000
