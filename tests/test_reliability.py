@@ -16,9 +16,10 @@ from datasets import concatenate_datasets, disable_progress_bars
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments, set_seed
 
+import hf_budgetformer_cli as cli
 from conftest import budgetformer, stock_folder
 from hf_budgetformer import BudgetFormerForSequenceClassification
-from hf_budgetformer.tools import cli, prediction
+from hf_budgetformer.tools import prediction
 from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.evaluation import BudgetResult, Evaluation
 from hf_budgetformer.tools.model_card import write_model_card

@@ -1,8 +1,8 @@
 """Documents whose difficulty is known: statements about who has what, hidden among real paragraphs.
 
 The answer follows from a chain of statements: "Ada has the lamp", "Ada gives the lamp to Bruno", and so on; each link
-beyond the first is a hop. A second chain, about another object, tells of other people. The claim names the last holder,
-or somebody else of either chain. So hops, and where the last statement stands, are known for every document.
+beyond the first is a hop. A second chain, about another object, tells of other people. The question is who has the
+object at the end: one of twenty. So hops, and where the last statement stands, are known for every document.
 """
 
 import random
@@ -47,25 +47,26 @@ def insert(statements: list[list[str]], paragraphs: list[str], draw: random.Rand
 def make_documents(
     paragraphs: Sequence[str], count: int, seed: int, words: int, most_hops: int = 3
 ) -> Iterator[dict[str, Any]]:
-    """Rows of text, text_pair (the claim), label (1: it follows), hops, and depth (share of the text before the end).
+    """Rows of text, text_pair (the question), label (who, by number), hops, and depth.
+
+    The depth is the share of the paragraphs before the last statement of the chain that is asked about.
 
     Args:
         paragraphs: To hide statements among.
-        count: Rows; hops and labels come equally often.
+        count: Rows; hops come equally often.
         seed: Of all draws.
         words: Of the paragraphs of a document, about.
         most_hops: Of the chain that is asked about.
     """
     draw = random.Random(seed)
     for number in range(count):
-        hops, label = number // 2 % (most_hops + 1), number % 2
-        people, things = draw.sample(PEOPLE, 2 * most_hops + 2), draw.sample(OBJECTS, 2)
-        own, others = people[: hops + 1], people[hops + 1 : 2 * hops + 2]
+        hops = number % (most_hops + 1)
+        people, things = draw.sample(PEOPLE, 2 * hops + 2), draw.sample(OBJECTS, 2)
+        own, others = people[: hops + 1], people[hops + 1 :]
         filling: list[str] = []
         while sum(len(x.split()) for x in filling) < words:
             filling.append(draw.choice(paragraphs))
-        told = [chain(own, things[0], draw), chain(others, things[1], draw)]
-        text, last = insert(told, filling, draw)
-        named = own[-1] if label else draw.choice([*own[:-1], *others])
+        text, last = insert([chain(own, things[0], draw), chain(others, things[1], draw)], filling, draw)
         depth = last / len(filling) if filling else 1.0
-        yield {"text": text, "text_pair": f"{named} has the {things[0]}.", "label": label, "hops": hops, "depth": depth}
+        label = PEOPLE.index(own[-1])
+        yield {"text": text, "text_pair": f"Who has the {things[0]}?", "label": label, "hops": hops, "depth": depth}
