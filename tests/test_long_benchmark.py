@@ -110,7 +110,7 @@ def test_a_run_trains_judges_times_and_is_told(data, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "minilm", lambda: str(tmp_path / "model"))
     own = {"train": 24, "calibration": 12, "test": 12, "epochs": 1, "batch_size": 8, "long": 8}
     settings = {"data": {"tiny": own}, "chunk": 16, "long": 64, "learning_rate": 1e-4}
-    options = argparse.Namespace(data=data, work=tmp_path / "work", time=True, no_long=False)
+    options = argparse.Namespace(data=data, work=tmp_path / "work", starts=None, time=True, no_long=False)
     found = run.run_documents("tiny", options, settings, 0)
     assert found["ways"]["chunks"]["agreement"] == 1.0
     assert found["timing"]["chunks"]["of_chunks"]["median"] == 1.0

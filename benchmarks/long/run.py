@@ -102,6 +102,18 @@ def train(
     return folder
 
 
+def start_of(own: dict[str, Any], starts: Path | None, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Where training starts, and how: a plain MiniLM, or one that the accuracy benchmark has fine-tuned."""
+    if "start" not in own:
+        return minilm(), {}
+    if starts is None:
+        raise SystemExit(f"--starts must be the accuracy benchmark's work folder, for its model of {own['start']}.")
+    if not (folder / "config.json").exists():
+        AutoModelForSequenceClassification.from_pretrained(starts / own["start"] / "full").save_pretrained(folder)
+        load_tokenizer().save_pretrained(folder)
+    return str(folder), {"fine_tuned": True}
+
+
 def ask(model: Any, rows: Any, tokenizer: Any, budget: float) -> np.ndarray:
     """Logits of every row, (N, num_labels)."""
     found = np.zeros((len(rows["input_ids"]), model.config.num_labels), np.float32)
@@ -188,7 +200,8 @@ def run_documents(name: str, options: argparse.Namespace, settings: dict[str, An
     rows, work = read_documents(options.data, name, own), options.work / f"{name}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
     length = settings["chunk"]
-    folder = train(minilm(), pieces(rows["train"], length, seed), work / "chunk", settings, own, max_length=length)
+    start, how = start_of(own, options.starts, work / "start")
+    folder = train(start, pieces(rows["train"], length, seed), work / "chunk", settings, own, max_length=length, **how)
     model, tokenizer = load_classifier(str(folder), budgeted=True, device="cpu")
     answered = {
         split: answers_of(model, tokenizer, rows[split], length, work / f"{split}.npz")
@@ -211,7 +224,7 @@ def run_long(rows: dict[str, Dataset], work: Path, settings: dict[str, Any], own
     """A model of all the document at once, its position table extended."""
     length = settings["long"]
     folder = train(
-        str(work / "chunk" / "teacher"),
+        str(work / "start" if "start" in own else work / "chunk" / "teacher"),
         rows["train"].take(own["long"]),
         work / "long",
         settings,
@@ -311,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of <name>/{train,validation,test}.parquet")
     parser.add_argument("--work", type=Path, required=True, help="folder for models and logits")
+    parser.add_argument("--starts", type=Path, help="the accuracy benchmark's work folder, for models to start from")
     parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--data-sets", nargs="*", help="some of the settings' only; needles is the generated one")
