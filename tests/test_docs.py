@@ -38,7 +38,8 @@ def five_lines(tmp_path_factory, texts, tokenizer):
         yield run_python("README.md", blocks(README, "python")[:1])
 
 
-# Start's are run with its shell blocks, further down.
+# Start's are run with its shell blocks, further down. The warning is of peft, which asks by an old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", [x for x, page in PAGES.items() if blocks(page, "python") and x != "start.md"])
 def test_the_python_blocks_of_a_page_run_after_the_five_lines(name, five_lines):
     run_python(name, blocks(PAGES[name], "python"), {**five_lines, "model": copy.deepcopy(five_lines["model"])})
