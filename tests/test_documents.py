@@ -15,6 +15,7 @@ from hf_budgetformer.tools.documents import (
     look_through,
     pool_answers,
     split_documents,
+    tune_documents,
 )
 from hf_budgetformer.tools.prediction import predict
 from hf_budgetformer_cli import main
@@ -122,6 +123,25 @@ def test_looks_read_more_of_what_they_doubt_and_nothing_twice():
     lengths = chunks.lengths()
     work = [0.25 * lengths[0] / lengths[:3].sum(), 1.0 + 0.25 * lengths[[3, 5]].sum() / lengths[3:6].sum(), 1.25]
     np.testing.assert_allclose(found.spent, work, rtol=1e-6)
+
+
+def test_a_threshold_keeps_the_promise_on_the_documents_it_was_found_on(tokenizer):
+    model = budgetformer("bert")
+    chunks = split_documents({"text": [words(10 + number % 40, number) for number in range(200)]}, tokenizer, 12)
+    first_looks = [DocumentLook(1, 0.25), DocumentLook(None, 0.25), DocumentLook(None, 1.0)]
+    tested = tune_documents(model, chunks, tokenizer, first_looks, 0.1)
+    full = answer_documents(model, chunks, tokenizer, 32, budget=1.0).logits.argmax(-1)
+    assert tested[2].threshold == 0.0  # the second look is the first
+    for look, found in zip(first_looks[:2], tested[:2], strict=True):
+        looks = [look, DocumentLook(None, 1.0)]
+        answers = answer_documents(model, chunks, tokenizer, 32, looks=looks, thresholds=[found.threshold])
+        assert (answers.logits.argmax(-1) != full).float().mean().item() == pytest.approx(found.risk)
+        assert answers.spent.mean().item() == pytest.approx(found.work, abs=1e-5)
+        assert found.risk <= found.bound <= 0.1
+    assert tested[0].budget < tested[1].budget
+    assert tested[1].budget == pytest.approx(0.25, abs=0.03)
+    with pytest.raises(ValueError, match="would take"):
+        tune_documents(model, chunks, tokenizer, first_looks, 0.001)
 
 
 def test_what_cannot_be_looked_through_is_refused(tokenizer, documents):

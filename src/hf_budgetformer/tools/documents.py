@@ -1,5 +1,6 @@
 """Documents longer than a model reads: cut to what it reads, or read in chunks whose answers are put together."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..budgets import confidence, problem_type
 from .looking import Answers, answer_rows
+from .tuning import FirstLook, TestedLooks, decisions, find_looks, find_losses
 
 
 POOLINGS = ("mean", "max", "vote")
@@ -274,6 +276,54 @@ def look_through(
     return Answers(np.arange(count), answers, torch.from_numpy((work / whole).astype(np.float32)))
 
 
+def tune_documents(
+    model: Any,
+    chunks: Chunks,
+    tokenizer: PreTrainedTokenizerBase,
+    first_looks: Sequence[DocumentLook],
+    disagreement: float = 0.01,
+    confidence_level: float = 0.95,
+    batch_size: int = 32,
+    pooling: str = "mean",
+) -> list[TestedLooks]:
+    """For each first look the cheapest threshold that keeps a promise: as `tuning.tune` does, of whole documents.
+
+    The second look is the full model's at all chunks, `DocumentLook(None, 1.0)`.
+
+    Args:
+        model: A BudgetFormer classifier in eval mode.
+        chunks: Of documents like those to come; no labels are needed.
+        tokenizer: Of the model.
+        first_looks: To choose from, at least one.
+        disagreement: Share in (0, 1) of the documents that may be answered otherwise than by the second look.
+        confidence_level: Of the promise, in (0, 1).
+        batch_size: Chunks at a time, >= 1.
+        pooling: As in `pool_answers`.
+
+    Returns:
+        One for each first look, in their order; `budget` is the share of the work on all chunks that it took.
+
+    Raises:
+        ValueError: An argument is not allowed, or documents are too few for the promise; says how many it takes.
+    """
+    problem = problem_type(model.config)
+
+    def ask(look: DocumentLook) -> tuple[Answers, float]:
+        start = time.perf_counter()
+        found = answer_documents(model, chunks, tokenizer, batch_size, pooling=pooling, looks=[look])
+        return found, time.perf_counter() - start
+
+    full, whole = ask(DocumentLook(None, 1.0))
+    expected = decisions(full.logits, problem).numpy()
+    tried = []
+    for look in first_looks:
+        found, seconds = ask(look)
+        losses = find_losses(decisions(found.logits, problem).numpy(), expected)
+        sure, work = confidence(found.logits, problem).numpy(), float(found.spent.mean())
+        tried.append(FirstLook(work, work, seconds / whole, sure, losses))
+    return find_looks(tried, "disagreement", disagreement, confidence_level)
+
+
 def _spread(owners: np.ndarray, documents: np.ndarray, most: int | None) -> np.ndarray:
     """Places of at most so many chunks of each of these documents, evenly spread, rising."""
     starts = np.searchsorted(owners, documents)
@@ -295,4 +345,5 @@ __all__ = [
     "look_through",
     "pool_answers",
     "split_documents",
+    "tune_documents",
 ]
