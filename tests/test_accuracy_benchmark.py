@@ -51,6 +51,7 @@ def test_rows_of_no_split_meet_those_of_another(data):
     assert rows.labels == 2
 
 
+@pytest.mark.slow
 def test_every_method_is_trained_scored_and_told(data, tmp_path):
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 48}
     BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path / "model")

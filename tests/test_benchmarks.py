@@ -110,6 +110,7 @@ def test_looks_ask_the_full_model_about_the_share_that_was_asked_for(measured):
         assert x["spent"] >= x["doubted"]
 
 
+@pytest.mark.slow
 def test_other_runtimes_are_timed_on_the_same_rows(measured, monkeypatch):
     asked = []
 
@@ -174,6 +175,7 @@ def test_pairs_are_read_and_tokenized_as_pairs(tmp_path):
     assert ids.count(separator) == 2
 
 
+@pytest.mark.slow
 def test_training_steps_are_measured_with_the_full_model_learning_and_frozen(measured):
     result = measured(TRAINING)
     check_the_frame(result)
@@ -186,6 +188,7 @@ def test_training_steps_are_measured_with_the_full_model_learning_and_frozen(mea
             assert cell[way]["seconds_per_step"]["median"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [MODEL, CELLS, TRAINING], ids=lambda settings: settings["level"])
 def test_what_disagrees_is_not_timed(measured, monkeypatch, settings):
     answer = BudgetFormerForSequenceClassification.forward
@@ -217,6 +220,7 @@ def dry_run(tmp_path):
     return run_dry
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_gpu_runs_dry(dry_run):
     result = dry_run()
     assert [cell["kind"] for cell in result["cells"]] == ["inference", "inference", "training"]
@@ -233,6 +237,7 @@ def test_the_benchmark_of_the_gpu_runs_dry(dry_run):
     assert list(training["ways"]) == ["stock", "learning", "frozen"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_gpu_keeps_what_it_has_when_the_time_is_over(dry_run, monkeypatch):
     clock = [0.0]
 
@@ -247,6 +252,7 @@ def test_the_benchmark_of_the_gpu_keeps_what_it_has_when_the_time_is_over(dry_ru
     assert [(place["kind"], place["batch"]) for place in result["left_out"]] == [("inference", 2), ("training", 4)]
 
 
+@pytest.mark.slow
 def test_what_disagrees_on_the_gpu_is_not_timed(dry_run, monkeypatch):
     answer = BudgetFormerForSequenceClassification.forward
 
@@ -344,6 +350,7 @@ def test_every_experiment_has_valid_settings_and_every_target_a_source():
                 assert rest[2] in source["rivals"]
 
 
+@pytest.mark.slow
 def test_the_report_shows_results_and_nothing_else(measured, tmp_path):
     measured(MODEL)
     measured(CELLS)

@@ -48,6 +48,7 @@ def measured(tmp_path):
     return run_settings
 
 
+@pytest.mark.slow
 def test_shared_batches_are_measured_beside_split_ones_and_reported(measured, tmp_path):
     result = measured()
     assert result["agreement"]["checks"] == 6
@@ -68,6 +69,7 @@ def test_what_is_not_served_needs_no_server(measured):
     assert list(measured(served=False)["figures"]["1"]) == WAYS[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["answer_shared", "make_server"])
 def test_what_answers_otherwise_is_not_timed(measured, monkeypatch, way):
     right = getattr(level_deferred, way)

@@ -63,6 +63,7 @@ def measured(tmp_path, texts, tokenizer, monkeypatch):
     return run_settings
 
 
+@pytest.mark.slow
 def test_exported_looks_are_measured_beside_the_stock_model_and_reported(measured, tmp_path):
     result = measured("--checkpoints", str(tmp_path / "models"))
     found = result["figures"]["1"]

@@ -103,6 +103,7 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_trains_judges_times_and_is_told(data, tmp_path, monkeypatch):
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 48}
     BertForSequenceClassification(BertConfig(**sizes, max_position_embeddings=32)).save_pretrained(tmp_path / "model")

@@ -68,6 +68,7 @@ def read(results, variant, seed=0):
     return json.loads((results / f"tiny_news-{variant}-{seed}.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_variant_is_trained_and_measured(results):
     assert {path.name for path in results.iterdir()} == {f"tiny_news-{name}-0.json" for name in run.VARIANTS}
     for name, fields in run.VARIANTS.items():
@@ -88,6 +89,7 @@ def test_every_variant_is_trained_and_measured(results):
             assert (x["flops_cut"]["core_only"] == 0) == (x["head_share"] == 1)
 
 
+@pytest.mark.slow
 def test_full_attention_saves_nothing_and_budgets_are_kept(results):
     everything = read(results, "full")["figures"]["evaluations"]["own"]
     assert everything["head_share"] == everything["mean_budget"] == 1
@@ -100,6 +102,7 @@ def test_full_attention_saves_nothing_and_budgets_are_kept(results):
     assert literal["0.1"]["mean_budget"] < literal["0.5"]["mean_budget"] < literal["1.0"]["mean_budget"] == 1
 
 
+@pytest.mark.slow
 def test_the_difference_of_soft_and_hard_gates_is_measured(results):
     found = read(results, "literal")["explanation"]
     assert found["norm_ratio"].keys() == {"own", "0.1", "0.25", "0.5", "1.0"}
@@ -149,6 +152,7 @@ def test_flops_are_those_that_torch_counts(budget):
         assert parts[part] == pytest.approx(gates.mean().item() * whole[part])
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on(data, tmp_path, monkeypatch, capsys):
     settings = {**TINY, "variants": ["full", "ours"]}
     run_settings({**settings, "variants": ["ours"]}, data, tmp_path)
@@ -208,6 +212,7 @@ def test_the_committed_results_are_read():
     assert "| s = 0.25 |" in text
 
 
+@pytest.mark.slow
 def test_tables_show_results_and_published_figures(results, tmp_path):
     text = report.tables(results)
     accuracy = read(results, "ours")["figures"]["evaluations"]["own"]["accuracy"]

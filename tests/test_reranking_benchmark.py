@@ -52,6 +52,7 @@ def ask(definitions, tmp_path, monkeypatch):
     return lambda do: reranking.main([do, *places, "--output", str(result), "--threads", "1"])
 
 
+@pytest.mark.slow
 def test_trains_judges_and_times_every_way(ask, tmp_path, capsys):
     for do in ("train", "quality", "timing"):
         ask(do)

@@ -107,7 +107,7 @@ def export_of(tokenizer, some_texts, tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=["bert", "roberta", "distilbert"])
+@pytest.fixture(params=["bert", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("roberta", "distilbert"))])
 def exported(request, export_of):
     """A model of each kind, and its exported folder."""
     return export_of(request.param)
