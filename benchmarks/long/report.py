@@ -157,6 +157,8 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 ]
                 if found := [x for x in found if None not in x]:
                     points.append(max(found))
+            if not points:  # too dear for all of these
+                continue
             axis.plot([x[1] for x in points], [100 * x[0] for x in points], style, color=colour, label=f"looks, {kind}")
         for way, mark in (("first", "x"), ("ends", "+"), ("chunks at 1/4", "D"), ("chunks at 1/12", "d")):
             x, y = mean(runs, "ways", way, "cost"), mean(runs, "ways", way, "agreement")
