@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # A folder of <name>/{train,test}.parquet, for bench-full (ag_news, imdb) and accuracy.
 DATA ?=
 
-.PHONY: test test-slow test-browser test-data demo docs bench bench-full bench-gpu bench-reranking accuracy quality style clean
+.PHONY: test test-slow test-browser test-data demo docs bench bench-full bench-gpu bench-reranking bench-serving accuracy quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,13 @@ bench-reranking: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reranking.py train $(BENCH_ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reranking.py quality $(BENCH_ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reranking.py timing $(BENCH_ARGS)
+	$(BIN)/python benchmarks/report.py
+
+# Of a trained and tuned model, on a machine that does nothing else.
+bench-serving: $(VENV)/.installed
+	@test -n "$(CHECKPOINT)" && test -n "$(DATA)" || { echo 'usage: make bench-serving CHECKPOINT=folder DATA=folder'; exit 2; }
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/serving.py http "$(CHECKPOINT)" --data "$(DATA)" $(BENCH_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/serving.py ray "$(CHECKPOINT)" --data "$(DATA)" $(BENCH_ARGS)
 	$(BIN)/python benchmarks/report.py
 
 # A day on two cores; what is in the work folder already is not made again.

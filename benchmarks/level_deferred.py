@@ -66,9 +66,9 @@ def make_server(model: Any, settings: dict[str, Any], texts: list[str], max_wait
 
     import serve
 
-    api = serve.Classifier("", None, settings["batch_size"], max_wait)
+    api = serve.Classifier("", (), settings["batch_size"], max_wait)
     api.pre_setup()
-    api.model, api.tokenizer, api.confidence = model, copy.deepcopy(load_tokenizer()), ()
+    api.model, api.tokenizer = model, copy.deepcopy(load_tokenizer())
     api.tokenizer.model_max_length = settings["max_length"]
     questions = [serve.Question(text=text) for text in texts]
 

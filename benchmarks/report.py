@@ -13,6 +13,7 @@ from level_exported import section as exported_section
 from measure import show_ratio, table
 from paper.report import tables as paper_tables
 from reranking import section as reranking_section
+from serving import section as serving_section
 
 from hf_budgetformer.tools.plots import new_figure, save_figure
 
@@ -270,8 +271,10 @@ def write_report(results_folder: Path, output: Path) -> Path:
             continue
         text += f"\n## {title}\n\n`experiments/{name}.json`: {describe(result)}"
         text += SECTIONS[result["settings"]["level"]](result)
-    if (reranking := results_folder / "reranking.json").exists():
-        text += reranking_section(json.loads(reranking.read_text()))
+    further = {"reranking": reranking_section, "serving": serving_section, "ray": serving_section}
+    for name, section in further.items():
+        if (path := results_folder / f"{name}.json").exists():
+            text += section(json.loads(path.read_text()))
     accuracy = results_folder.parent / "accuracy" / "results"
     text += accuracy_tables(accuracy)
     if accuracy_plot(images / "accuracy.png", accuracy):

@@ -5,11 +5,13 @@
 
 `out/predictions/*.parquet` holds row, label, score and budget, what was spent as a share of the full model's work; rows
 are counted from 0 through all input files, sorted by name. Rows without a text that can be read are set aside in
-`out/rejected.parquet`, with the reason; it is written last: all is done when it is there. On a cluster all machines
-must see the same folders and have this package with its extra [ray].
+`out/rejected.parquet`, with the reason; it is written last: all is done when it is there. A run that was cut off goes
+on where it was when the same command is given again. On a cluster all machines must see the same folders and have this
+package with its extra [ray].
 """
 
 import argparse
+import json
 import os
 import secrets
 import tempfile
@@ -23,11 +25,13 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from transformers.utils import logging
 
-from hf_budgetformer.tools.checkpoints import load_classifier
+from hf_budgetformer.tools.checkpoints import load_classifier, weights_digest
 from hf_budgetformer.tools.prediction import predict
+from hf_budgetformer.tools.results import write_json
 from requested_budgets import budget
 
 
+RUN_FILE = "run.json"
 REJECTED = pa.schema({"row": pa.int64(), "reason": pa.string()})
 PREDICTED = pa.schema({"row": pa.int64(), "label": pa.string(), "score": pa.float32(), "budget": pa.float32()})
 
@@ -45,6 +49,22 @@ def find_parts(source: Path, column: str, most: int) -> list[dict[str, Any]]:
             parts += [{**place, "start": x, "rows": min(most, count - x), "first": first + x} for x in starts]
             first += count
     return parts
+
+
+def begin(output: Path, run: dict[str, Any]) -> None:
+    """Makes the folder of a run, or goes on in that of the same one, whose whole parts are kept.
+
+    Raises:
+        ValueError: The folder holds something else.
+    """
+    if not output.is_dir() or not any(output.iterdir()):
+        write_json(output / RUN_FILE, run)
+    elif not (output / RUN_FILE).is_file():
+        raise ValueError(f"output must be a new or empty folder, or that of this run, got {str(output)!r}")
+    elif (before := json.loads((output / RUN_FILE).read_text("utf-8"))) != json.loads(json.dumps(run)):
+        changed = ", ".join(sorted(name for name in {*run, *before} if run.get(name) != before.get(name)))
+        raise ValueError(f"output must be of this run, got {str(output)!r} of one with another {changed}")
+    (output / "predictions").mkdir(exist_ok=True)
 
 
 def read_text(scalar: pa.Scalar) -> tuple[dict[str, str], str | None]:
@@ -119,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of a fine-tuned BudgetFormer")
     parser.add_argument("input", type=Path, help="parquet file, or folder of such files")
-    parser.add_argument("output", type=Path, help="new folder")
+    parser.add_argument("output", type=Path, help="new folder, or that of the same run, which was cut off")
     parser.add_argument("--actors", type=int, default=2, help="models that work side by side, on a core each")
     parser.add_argument("--address", help="of a Ray cluster, auto or host:port; default: this machine")
     parser.add_argument("--column", default="text", help="that holds the texts")
@@ -127,20 +147,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
     parser.add_argument("--part-rows", type=int, default=2048, help="rows of an output file: what a lost actor costs")
     options = parser.parse_args(argv)
-    if options.output.is_dir() and any(options.output.iterdir()):
-        parser.error(f"output must be a new or empty folder, got {str(options.output)!r}")
     options.input, options.output = options.input.resolve(), options.output.resolve()  # actors may start elsewhere
     options.model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
     try:
         if min(options.actors, options.part_rows) < 1:
             raise ValueError(f"--actors and --part-rows must be >= 1, got {options.actors} and {options.part_rows}")
-        load_classifier(options.model, budgeted=True, device="cpu")  # or it would be the actors that find out
+        model, _ = load_classifier(options.model, budgeted=True, device="cpu")  # or the actors would find out
         parts = find_parts(options.input, options.column, options.part_rows)
         if not parts:
             raise ValueError(f"{options.input} must hold at least one row, got none")
+        files = {path: os.stat(path) for path in sorted({part["path"] for part in parts})}
+        settings = {name: getattr(options, name) for name in ("column", "budget", "max_length", "part_rows")}
+        stamps = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in files.items()]
+        begin(options.output, {**settings, "weights": weights_digest(model), "input": stamps})
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    (options.output / "predictions").mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     rejected = run(parts, options)
     total = sum(part["rows"] for part in parts)
@@ -148,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     if done + len(rejected) != total:
         raise SystemExit(f"{total} rows came in, but {done} were classified and {len(rejected)} rejected.")
     write_whole(rejected, REJECTED, options.output / "rejected.parquet")
-    print(f"{total} rows in {time.perf_counter() - start:.0f} s: {done} classified, {len(rejected)} rejected.")
+    print(f"{total} rows in {time.perf_counter() - start:.1f} s: {done} classified, {len(rejected)} rejected.")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,37 @@ def test_a_part_is_whole_or_not_there_and_done_again_it_is_the_same(checkpoint, 
     assert predicted(tmp_path) == found
 
 
+def test_doubted_rows_of_a_part_share_full_batches(checkpoint, texts, tmp_path, monkeypatch):
+    (tmp_path / "predictions").mkdir()
+    pq.write_table(pa.table({"text": [*texts["text"]] * 4}), tmp_path / "rows.parquet")
+    options = Namespace(model=str(checkpoint), output=tmp_path, column="text", budget=None, max_length=LONGEST)
+    worker = ray_batch_inference.Classifier(options)
+    worker.model.config.looks, worker.model.config.confidence = [0.125, 1.0], [0.1]
+    calls, forward = [], worker.model.forward
+
+    def call(**inputs):
+        calls.append((inputs.get("budget"), len(inputs["input_ids"])))
+        return forward(**inputs)
+
+    monkeypatch.setattr(worker.model, "forward", call)
+    [part] = ray_batch_inference.find_parts(tmp_path / "rows.parquet", "text", 2048)
+    worker(part)
+    doubted = sum(row["budget"] > 1.0 for row in predicted(tmp_path))
+    sizes = [size for budget, size in calls if budget == 1.0]
+    assert 64 < doubted < 256
+    assert sizes == [32] * (doubted // 32) + [doubted % 32] * (doubted % 32 > 0)
+    assert len(calls) == 256 / 32 + len(sizes)
+
+
+def test_a_run_goes_on_in_its_own_folder_and_in_no_other(tmp_path):
+    run = {"column": "text", "budget": None, "input": [["a.parquet", 10, 1]]}
+    ray_batch_inference.begin(tmp_path / "new", run)
+    ray_batch_inference.begin(tmp_path / "new", run)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["predictions", "run.json"]
+    with pytest.raises(ValueError, match="of one with another budget, input"):
+        ray_batch_inference.begin(tmp_path / "new", {**run, "budget": 0.5, "input": [["a.parquet", 11, 1]]})
+
+
 def test_what_cannot_be_started_says_why(checkpoint, source, tmp_path, capsys, monkeypatch):
     def message(*arguments):
         with pytest.raises(SystemExit):
@@ -93,7 +124,7 @@ def test_what_cannot_be_started_says_why(checkpoint, source, tmp_path, capsys, m
         return capsys.readouterr().err
 
     new = tmp_path / "new"
-    assert "must be a new or empty folder" in message(checkpoint, source, source)
+    assert "must be a new or empty folder, or that of this run" in message(checkpoint, source, source)
     assert "needs a column 'review', it has text" in message(checkpoint, source, new, "--column", "review")
     assert "a.csv" in message(checkpoint, tmp_path / "a.csv", new)
     assert "--actors and --part-rows must be >= 1, got 0 and 2048" in message(checkpoint, source, new, "--actors", 0)
@@ -179,3 +210,26 @@ def test_a_worker_killed_in_mid_run_loses_and_repeats_no_row(checkpoint, texts, 
     assert sorted(found) == [row for row in range(len(many)) if row != 5]
     assert len(predicted(output)) == len(found)
     assert all(found[row] == found[row % 64] for row in found if row % 64 != 5)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_when_it_is_started_again_and_loses_nothing(checkpoint, texts, tmp_path, home):
+    many = [*texts["text"]] * 30
+    many[5] = None
+    pq.write_table(pa.table({"text": many}), tmp_path / "many.parquet")
+    output = tmp_path / "out"
+    arguments = (tmp_path / "many.parquet", output, "--part-rows", 20, "--max-length", LONGEST)
+    with started(home, checkpoint, *arguments) as process:
+        wait_for(lambda: list(output.glob("predictions/part-*")), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        psutil.wait_procs(children, timeout=60)
+    before = {path: path.stat().st_mtime_ns for path in output.glob("predictions/part-*")}
+    assert 0 < len(before) < len(many) / 20
+    assert not (output / "rejected.parquet").exists()
+    with tempfile.TemporaryDirectory(dir="/tmp") as anew, started(Path(anew), checkpoint, *arguments) as process:
+        assert finish(process, Path(anew)).endswith(f": {len(many) - 1} classified, 1 rejected.")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert pq.read_table(output / "rejected.parquet").to_pylist() == [{"row": 5, "reason": "missing"}]
+    found = [row["row"] for row in predicted(output)]
+    assert found == [row for row in range(len(many)) if row != 5]

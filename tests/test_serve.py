@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from transformers import set_seed
 
 from conftest import LONGEST, budgetformer, stock_folder
@@ -32,11 +34,12 @@ sys.path.append(str(ROOT / "examples"))
 from fastapi.testclient import TestClient
 from litserve.callbacks import CallbackRunner
 
+import promises
 import serve
 from hf_budgetformer.budgets import confidence
 from hf_budgetformer.tools.looking import plan_deferred
 from hf_budgetformer.tools.narrowing import cut
-from hf_budgetformer.tools.tuning import calibrate_margins
+from hf_budgetformer.tools.tuning import calibrate_margins, tune
 
 
 TEXTS = ["w1 w2 w3", "w20 w21", "w5 " * 20, "w30 w31 w2 w7 w9 w11"]
@@ -64,8 +67,8 @@ def folder(tmp_path_factory, texts, tokenizer):
 def start(folder):
     """A classifier set up in this process."""
 
-    def classifier(floor=None, max_batch=4, max_wait=0.0):
-        api = serve.Classifier(str(folder), floor, max_batch, max_wait)
+    def classifier(levels=(), max_batch=4, max_wait=0.0):
+        api = serve.Classifier(str(folder), levels, max_batch, max_wait, loosen_at=8)
         api.pre_setup()  # as the server does
         api.setup("cpu")
         return api
@@ -140,49 +143,116 @@ def test_what_the_model_cannot_read_is_cut(start):
     assert len(question.tokens["input_ids"]) == LONGEST
 
 
-def mean_spent(api, texts, **question):
-    found = answer(api, *({"text": text, **question} for text in texts["text"]))
-    return sum(x["budget"] for x in found) / len(found)
+def own_levels(api, *shares):
+    """The model's own threshold, and those that doubt so many times as many of its first looks."""
+    [own] = api.model.config.confidence
+    return [promises.Level(0.01, own), *(promises.Level(0.01 + share, own * (1 - share)) for share in shares)]
 
 
-def test_fewer_questions_go_on_while_requests_wait_and_all_is_as_before_afterwards(start, texts):
-    api = start(floor=0.0, max_batch=4)
-    [own] = api.confidence
-    before = mean_spent(api, texts)
-    first = api.model.narrow.order.look(0.125).cost
-    assert before > first + 0.2
-    seen, spent, now = [own], [before], 0.0
-    for waiting in (0, 2, 40, 40, 40, 40, 40, 40, 40, 40):
-        now += 0.2
-        api.notice(waiting, now)
-        spent.append(mean_spent(api, texts))
-        seen.append(api.model.config.confidence[0])
-    assert seen[1] == pytest.approx(own)
-    assert sorted(seen, reverse=True) == seen
-    assert sorted(spent, reverse=True) == spent
-    assert 0.0 < seen[-1] < 0.1 * own
-    assert spent[-1] < first + 0.1
-    assert mean_spent(api, texts, budget=1.0) == 1.0, "who asks for a budget gets it"
-    api.notice(0, now + 0.1)
-    assert spent[-1] <= mean_spent(api, texts) <= before
-    api.notice(0, now + 10.0)
-    assert mean_spent(api, texts) == pytest.approx(before)
+def test_fewer_questions_go_on_while_requests_wait_and_each_answer_tells_its_promise(start, texts):
+    api = start(max_batch=16)
+    api.levels = own_levels(api, 0.3, 1.0)
+    questions = [{"text": text} for text in texts["text"][:16]]
+    doubted, told = [], []
+    for waiting in (0, 7, 8, 15, 16, 1000, 0):
+        api.waiting = waiting
+        found = answer(api, *questions)
+        doubted.append(sum(isinstance(x, serve.Pending) or x["looks"] > 1 for x in found))
+        [promise] = {x["promise"] for x in found if isinstance(x, dict)}
+        told.append(promise)
+    assert told == [0.01, 0.01, 0.31, 0.31, 1.01, 1.01, 0.01]
+    assert doubted[0] == doubted[1] > doubted[2] == doubted[3] > doubted[4] == doubted[5] == 0
+    assert doubted[6] == doubted[0]
+    api.waiting = 1000
+    [asked] = answer(api, {"text": "w1", "budget": 1.0})
+    assert (asked["budget"], asked["promise"], asked["looks"]) == (1.0, None, None), "who asks for a budget gets it"
 
 
-def test_load_brings_confidence_to_the_floor_and_no_further(start, texts):
-    api = start(floor=0.05)
-    api.notice(1000, 1.0)
-    mean_spent(api, texts)
-    assert api.model.config.confidence == pytest.approx([0.05])
+def test_a_question_keeps_the_promise_of_its_first_look(start):
+    api = start(max_wait=60.0)
+    api.levels = [promises.Level(0.01, 1.0), promises.Level(0.1, 0.0)]
+    api.waiting = 1
+    [doubted] = answer(api, {"text": "w1 w2"})
+    assert (doubted.look, doubted.promise) == (1, 0.01)
+    api.waiting = 8
+    [held, sure] = api.predict(api.batch([doubted, api.decode_request(serve.Question(text="w1 w2"))]))
+    assert held == doubted
+    assert (sure["looks"], sure["promise"]) == (1, 0.1)
+    api.waiting = 0
+    [found] = api.predict(api.batch([held]))
+    assert (found["looks"], found["promise"]) == (2, 0.01)
 
 
-@pytest.mark.parametrize("floor", [None, 1.0])
-def test_load_changes_nothing_without_a_floor_or_below_it(start, texts, floor):
-    api = start(floor=floor)
-    before = mean_spent(api, texts)
-    api.notice(1000, 1.0)
-    assert api.pressure == 1.0
-    assert mean_spent(api, texts) == before
+@pytest.mark.parametrize(("risk", "promised"), [("disagreement", 0.2), ("mean_budget", None)])
+def test_without_load_it_is_the_checkpoints_own_promise_while_its_looks_are_those(start, risk, promised):
+    api = start()
+    config = api.model.config
+    kept = {"looks": list(config.looks), "thresholds": list(config.confidence), "level": 0.2, "risk": risk}
+    config.promise = {**kept, "confidence": 0.95, "rows": 64, "bound": 0.1, "lost": 0.0, "doubted": 32}
+    [found] = answer(api, {"text": "w1 w2"})
+    assert found["promise"] == promised
+    config.confidence = [0.5 * config.confidence[0]]
+    [found] = answer(api, {"text": "w1 w2"})
+    assert found["promise"] is None
+
+
+@pytest.fixture(scope="module")
+def promising(folder, texts, tokenizer, tmp_path_factory):
+    """A checkpoint that promises a disagreement, and a file of the rows that it was tuned on."""
+    target = tmp_path_factory.mktemp("promising")
+    model, _ = serve.load_classifier(str(folder), device="cpu")
+    rows = concatenate_datasets([texts] * 8)  # so few and so unsure allow no promise
+    tune(model, rows, tokenizer, disagreement=0.2, budgets=[0.125])
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    rows.to_parquet(target / "rows.parquet")
+    return target
+
+
+def test_looser_promises_are_calibrated_on_rows_and_kept_beside_the_checkpoint(promising, texts, tokenizer, capsys):
+    promises.main([str(promising), str(promising / "rows.parquet"), "--levels", "0.6", "0.3"])
+    assert capsys.readouterr().out.count("rows are doubted") == 3
+    model, _ = serve.load_classifier(str(promising), device="cpu")
+    levels = promises.read_promises(promising / "promises.json", model.config)
+    assert [level.promise for level in levels] == [0.2, 0.3, 0.6]
+    assert levels[0].threshold == model.config.confidence[0] > levels[1].threshold > levels[2].threshold
+    with torch.no_grad():
+        batch = tokenizer(texts["text"][:], padding=True, return_tensors="pt")
+        first, full = model(**batch, budget=0.125).logits, model(**batch, budget=1.0).logits
+    for level in levels:
+        stands = confidence(first, None) >= level.threshold
+        assert (stands & (first.argmax(-1) != full.argmax(-1))).float().mean() <= level.promise
+
+
+def test_promises_that_do_not_fit_are_refused(promising, folder, tmp_path, capsys):
+    config = serve.check(str(promising))
+    own = config.promise
+
+    def unread(content):
+        (tmp_path / "promises.json").write_text(content)
+        with pytest.raises(ValueError, match=r"examples/promises\.py CHECKPOINT DATA") as error:
+            promises.read_promises(tmp_path / "promises.json", config)
+        return str(error.value)
+
+    looser = {**own, "level": 0.5, "thresholds": [0.5 * own["thresholds"][0]]}
+    for broken in ("{", "[]", "{}", '{"promises": [1]}', '{"promises": [{"level": "x", "thresholds": []}]}'):
+        assert "must hold promises" in unread(broken)
+    assert "must be of the checkpoint's own promise" in unread(json.dumps({"promises": [own]}))
+    changed = {**own, "doubted": own["doubted"] + 1}
+    assert "must be of the checkpoint's own promise" in unread(json.dumps({"promises": [changed, looser]}))
+    stricter = {**looser, "thresholds": [1.0]}
+    assert "falling thresholds" in unread(json.dumps({"promises": [own, stricter]}))
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit):
+            promises.main([str(x) for x in arguments])
+        return capsys.readouterr().err
+
+    rows = promising / "rows.parquet"
+    assert "must be a folder" in refused("nothing", rows, "--levels", 0.2)
+    assert "levels must be in (0.2, 1), above the own promise, got 0.05" in refused(promising, rows, "--levels", 0.05)
+    assert "must promise a disagreement" in refused(folder, rows, "--levels", 0.5)
+    assert "nothing.parquet" in refused(promising, tmp_path / "nothing.parquet", "--levels", 0.5)
 
 
 class EndingQueue(queue.Queue):
@@ -204,10 +274,15 @@ class Answers:
 
 def test_the_loop_takes_full_batches_and_tells_what_waits(start, monkeypatch):
     api, waiting, answers = start(), EndingQueue(), Answers()
-    sizes, batch = [], api.batch
-    noticed, notice = [], api.notice
-    monkeypatch.setattr(api, "batch", lambda inputs: (sizes.append(len(inputs)), batch(inputs))[1])
-    monkeypatch.setattr(api, "notice", lambda count, now: (noticed.append(count), notice(count, now)))
+    sizes = []
+    noticed = []
+
+    def batch(inputs):
+        sizes.append(len(inputs))
+        noticed.append(api.waiting)
+        return inputs
+
+    monkeypatch.setattr(api, "batch", batch)
     for number in range(10):
         question = serve.Question(text=TEXTS[number % 4], budget=(None, 0.5)[number % 2])
         waiting.put((number % 2, f"id {number}", time.monotonic(), question))
@@ -217,8 +292,21 @@ def test_the_loop_takes_full_batches_and_tells_what_waits(start, monkeypatch):
     assert noticed == [6, 2, 0]
     assert [(consumer, uid) for consumer, (uid, _) in answers.sent] == [(n % 2, f"id {n}") for n in range(10)]
     for _, (_, (found, status, *_)) in answers.sent:
-        assert found.keys() == {"label", "score", "budget"}
+        assert found.keys() == {"label", "score", "budget", "looks", "promise"}
         assert status == "OK"
+
+
+def test_a_question_that_waited_too_long_is_given_up_and_others_are_not(start):
+    api, waiting, answers = start(), EndingQueue(), Answers()
+    api.request_timeout = 5.0
+    for number, age in enumerate([0.0, 6.0, 1.0]):
+        waiting.put((0, number, time.monotonic() - age, serve.Question(text="w1")))
+    with pytest.raises(SystemExit):
+        serve.QueueLoop().run_batched_loop(api, waiting, answers, CallbackRunner())
+    statuses = {uid: status for _, (uid, (_, status, *_)) in answers.sent}
+    assert statuses == {0: "OK", 1: "ERROR", 2: "OK"}
+    [late] = [found for _, (uid, (found, *_)) in answers.sent if uid == 1]
+    assert pickle.loads(pickle.dumps(late)).status_code == 504, "it goes to another process"
 
 
 def run_loop(api, questions):
@@ -278,7 +366,7 @@ def test_a_doubted_question_waits_only_while_others_do_and_not_for_long(start, m
     api.model.config.confidence = [1.0]
     [alone] = answer(api, {"text": "w1 w2"})
     assert alone["budget"] > 1.0
-    api.notice(1, now[0])
+    api.waiting = 1
     [waits] = answer(api, {"text": "w1 w2"})
     assert (waits.look, waits.since) == (1, 100.0)
     now[0] = 100.4
@@ -337,7 +425,7 @@ MALFORMED = {
 @pytest.fixture(scope="module")
 def client(folder):
     """Of a server without a worker: what reaches its queue fails."""
-    return TestClient(serve.build_server(str(folder)).app, raise_server_exceptions=False)
+    return TestClient(serve.build_server(serve.Classifier(str(folder))).app, raise_server_exceptions=False)
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -355,46 +443,103 @@ def test_what_is_not_sent_as_json_is_refused(client):
     assert client.post("/predict", content=GOOD, headers={"Content-Type": "application/json"}).status_code == 500
 
 
+class Application:
+    """Answers when it is released, as a plain call is answered that took two looks."""
+
+    def __init__(self):
+        self.release = asyncio.Event()
+        self.metrics = serve.Metrics()
+        self.gate = serve.Gate(self, "/predict", 2, 0.05, self.metrics)
+
+    async def __call__(self, scope, receive, send):
+        if scope.get("reads"):
+            await receive()
+        await self.release.wait()
+        if scope.get("fails"):
+            raise RuntimeError
+        await serve.Response('{"looks": 2, "promise": 0.01}')(scope, receive, send)
+
+    async def ask(self, path="/predict", **more):
+        """Messages of the answer."""
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        async def receive():
+            await asyncio.sleep(60)
+
+        await self.gate({"type": "http", "path": path, **more}, receive, send)
+        return sent
+
+
+def read_metrics(text):
+    rows = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in rows}
+
+
 def test_one_request_too_many_is_refused_until_another_is_answered():
     async def scenario():
-        release = asyncio.Event()
-
-        async def app(scope, receive, send):
-            await release.wait()
-            if scope.get("fails"):
-                raise RuntimeError
-            await serve.Response("answered")(scope, receive, send)
-
-        limit = serve.LimitWaiting(app, "/predict", 2)
-
-        async def request(path="/predict", **more):
-            sent = []
-
-            async def send(message):
-                sent.append(message)
-
-            await limit({"type": "http", "path": path, **more}, None, send)
-            return sent
-
-        waiting = [asyncio.create_task(request(**more)) for more in ({}, {"fails": True}, {"path": "/health"})]
+        app = Application()
+        kinds = ({}, {"fails": True}, {"path": "/health"})
+        waiting = [asyncio.create_task(app.ask(**more)) for more in kinds]
         await asyncio.sleep(0)
-        start, body = await request()
-        assert start["status"] == 429
+        assert read_metrics(app.metrics.show().body.decode())["budgetformer_waiting"] == 2
+        start, body = await app.ask()
+        assert start["status"] == 503
         assert (b"retry-after", b"1") in start["headers"]
         assert json.loads(body["body"]) == {"detail": "2 requests are waiting already."}
-        release.set()
+        app.release.set()
         done = await asyncio.gather(*waiting, return_exceptions=True)
         assert [isinstance(x, RuntimeError) or x[0]["status"] for x in done] == [200, True, 200]
-        assert (await request())[0]["status"] == 200
-        assert limit.waiting == 0
+        assert (await app.ask())[0]["status"] == 200
+        assert app.gate.waiting == 0
+        return read_metrics(app.metrics.show().body.decode())
+
+    found = asyncio.run(scenario())
+    statuses = {name[-5:-2]: value for name, value in found.items() if name.startswith("budgetformer_requests_total")}
+    assert statuses == {"200": 2, "500": 1, "503": 1}
+    assert found['budgetformer_answers_total{looks="2",promise="0.01"}'] == 2
+    assert found["budgetformer_latency_seconds_count"] == 2
+    assert found["budgetformer_doubted_share"] == 1.0
+    assert found["budgetformer_waiting"] == 0
+
+
+def test_a_request_that_does_not_arrive_makes_room():
+    async def scenario():
+        app = Application()
+        with pytest.raises(serve.HTTPException, match=r"did not arrive within 0\.05 seconds") as error:
+            await app.ask(reads=True)
+        assert error.value.status_code == 408
+        assert app.gate.waiting == 0
 
     asyncio.run(scenario())
 
 
-def test_only_a_checkpoint_that_can_be_served_is(folder, texts, tmp_path, tokenizer):
-    def refusal(name, **options):
+def test_the_share_of_the_doubted_is_of_recent_plain_calls():
+    metrics = serve.Metrics()
+    for looks in [1, None, 2, 1, None, 1]:
+        metrics.count(200, json.dumps({"looks": looks, "promise": None}).encode(), 0.01)
+    found = read_metrics(metrics.show().body.decode())
+    assert found["budgetformer_doubted_share"] == 0.25
+    assert found['budgetformer_answers_total{looks="None",promise="None"}'] == 2
+    for _ in range(serve.RECENT):
+        metrics.count(200, b'{"looks": 1, "promise": null}', 0.01)
+    assert read_metrics(metrics.show().body.decode())["budgetformer_doubted_share"] == 0.0
+
+
+def test_metrics_are_told_and_refusals_are_among_them(folder):
+    client = TestClient(serve.build_server(serve.Classifier(str(folder))).app, raise_server_exceptions=False)
+    client.post("/predict", content=b"w1", headers={"Content-Type": "application/json"})
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert read_metrics(response.text)['budgetformer_requests_total{status="422"}'] == 1
+
+
+def test_only_a_checkpoint_that_can_be_served_is(texts, tmp_path, tokenizer, capsys):
+    def refusal(name):
         with pytest.raises(SystemExit) as error:
-            serve.check(str(tmp_path / name), **options)
+            serve.check(str(tmp_path / name))
         return str(error.value)
 
     stock_folder("bert", tmp_path / "stock")
@@ -420,15 +565,17 @@ def test_only_a_checkpoint_that_can_be_served_is(folder, texts, tmp_path, tokeni
     assert "budgetformer tune" in refusal("unsure")
     for name in ("routed", "once"):
         serve.check(str(tmp_path / name))
-        assert "must look twice for --load-aware" in refusal(name, load_aware=True)
-    serve.check(str(folder), load_aware=True)
+        with pytest.raises(SystemExit, match="2"):
+            serve.main([str(tmp_path / name), "--load-aware"])
+        assert "checkpoint must promise a disagreement" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--floor", "-1"], "--floor must be in [0.0, 1.0], got -1.0"),
-        (["--floor", "nan"], "--floor must be in [0.0, 1.0], got nan"),
+        (["--timeout", "0"], "--timeout must be in [1.0, 3600.0], got 0.0"),
+        (["--timeout", "nan"], "--timeout must be in [1.0, 3600.0], got nan"),
+        (["--loosen-at", "257"], "--loosen-at must be in [1, 256], got 257"),
         (["--max-batch", "0"], "--max-batch must be in [1, 1024], got 0"),
         (["--max-wait-ms", "-1"], "--max-wait-ms must be in [0.0, 1000.0], got -1.0"),
         (["--port", "80"], "--port must be in [1024, 65535], got 80"),
@@ -504,10 +651,47 @@ def post(port, content):
     return response.status, json.loads(response.read())
 
 
+def metrics_of(port):
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    return read_metrics(connection.getresponse().read().decode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "tell"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
+def test_what_was_asked_before_the_server_is_stopped_is_answered(folder, number, tell):
+    with running_server(str(folder), "--max-wait-ms", "1000") as port, ThreadPoolExecutor(1) as clients:
+        group = group_of(port)
+        asked = clients.submit(post, port, GOOD)  # waits a second for others
+        while not metrics_of(port)["budgetformer_waiting"]:
+            assert not asked.done()
+        tell(group, number)
+        assert asked.result()[0] == 200
+        end = time.monotonic() + 30
+        while living(group) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert living(group) == []
+
+
+@pytest.mark.slow
+def test_under_load_answers_tell_looser_promises(promising, texts):
+    promises.main([str(promising), str(promising / "rows.parquet"), "--levels", "0.3", "0.6"])
+    options = ("--load-aware", "--max-batch", "2", "--loosen-at", "2")
+    with running_server(str(promising), *options) as port, ThreadPoolExecutor(12) as clients:
+        assert post(port, GOOD)[1]["promise"] == 0.2
+        found = list(clients.map(partial(post, port), [json.dumps({"text": text}) for text in texts["text"][:] * 2]))
+        told = Counter(answer["promise"] for status, answer in found if status == 200)
+        counted = metrics_of(port)
+    assert set(told) >= {0.3, 0.6}
+    for promise, count in told.items():
+        names = [x for x in counted if x.startswith("budgetformer_answers_total") and f'promise="{promise}"' in x]
+        assert sum(counted[name] for name in names) == count + (promise == 0.2)
+
+
 @pytest.mark.slow
 def test_a_server_answers_refuses_withstands_and_ends(folder):
     def serve_and_fail():
-        with running_server(str(folder), "--max-batch", "1", "--load-aware", "--floor", "0.05") as port:
+        with running_server(str(folder), "--max-batch", "1") as port:
             yield group_of(port)
             status, found = post(port, '{"text": "w1 w2 w3", "budget": 1}')
             assert (status, found["budget"]) == (200, 1.0)
@@ -524,7 +708,7 @@ def test_a_server_answers_refuses_withstands_and_ends(folder):
             end = time.monotonic() + 60
             while (refused := post(port, GOOD))[0] == 200 and time.monotonic() < end:
                 time.sleep(0.05)
-            assert refused == (429, {"detail": "8 requests are waiting already."})
+            assert refused == (503, {"detail": "8 requests are waiting already."})
             assert is_healthy(port)
             held.pop().close()  # one gives up, the others go on
             for connection in held:
@@ -535,8 +719,12 @@ def test_a_server_answers_refuses_withstands_and_ends(folder):
             with ThreadPoolExecutor(64) as clients:
                 questions = [json.dumps({"text": text}) for text in TEXTS * 64]
                 statuses = Counter(status for status, _ in clients.map(partial(post, port), questions))
-            assert set(statuses) <= {200, 429}
+            assert set(statuses) <= {200, 503}
             assert sum(statuses.values()) == 256
+            counted = metrics_of(port)
+            assert counted["budgetformer_waiting"] == 0
+            assert counted['budgetformer_requests_total{status="200"}'] == counted["budgetformer_latency_seconds_count"]
+            assert counted['budgetformer_requests_total{status="503"}'] > statuses[503]
             assert post(port, GOOD)[0] == 200
             raise RuntimeError("the test fails")
 
