@@ -99,7 +99,9 @@ def _cheapest(found: dict[Any, tuple[np.ndarray, np.ndarray]], reference: np.nda
 
 
 def _thresholds(looks: Sequence[Any]) -> list[tuple[float, ...]]:
-    return [tuple(x) for x in product(GRID, repeat=len(looks) - 1)]
+    """Of every look but the last; where there are two, a coarser grid of pairs."""
+    grid = GRID if len(looks) == 2 else GRID[::2]
+    return [tuple(x) for x in product(grid, repeat=len(looks) - 1)]
 
 
 def judge(calibration: Answered, test: Answered) -> dict[str, Any]:
@@ -175,5 +177,7 @@ def scores_of_needles(
         "spearman": {
             "hops": float(spearmanr(spent, hops).statistic),
             "depth": float(spearmanr(spent, depth).statistic),
+            "wrong": float(spearmanr(spent, reference["test"] != test.labels).statistic),
+            "doubt": float(spearmanr(spent, -confidence(torch.from_numpy(test.chunks[1.0]), PROBLEM)).statistic),
         },
     }

@@ -326,12 +326,14 @@ def tune_documents(
 
 def _spread(owners: np.ndarray, documents: np.ndarray, most: int | None) -> np.ndarray:
     """Places of at most so many chunks of each of these documents, evenly spread, rising."""
+    if most is None:
+        return np.flatnonzero(np.isin(owners, documents))
     starts = np.searchsorted(owners, documents)
     ends = np.searchsorted(owners, documents, side="right")
     found = []
     for start, end in zip(starts, ends, strict=True):
-        kept = end - start if most is None else min(most, end - start)
-        found.append(start + np.round(np.linspace(0, end - start - 1, kept)).astype(np.int64))
+        kept = np.linspace(0, end - start - 1, min(most, end - start))
+        found.append(start + np.round(kept).astype(np.int64))
     return np.concatenate(found)
 
 
