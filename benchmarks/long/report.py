@@ -119,8 +119,8 @@ def needles_table(runs: list[dict[str, Any]]) -> str:
         + f"\nAll open {_show(mean(runs, 'open', 'accuracy'), '.1%')}; looks {_show(looks['accuracy'], '.1%')} at "
         f"{_show(looks['cost'], '.2f')} of the work, agreement {_show(looks['agreement'], '.1%')}. Rank correlation of "
         f"what was spent with hops {_show(found['hops'], '.2f')}, with depth {_show(found['depth'], '.2f')}, with "
-        f"whether the full model is wrong {_show(found['wrong'], '.2f')}, and with how little sure that is of its answer "
-        f"{_show(found['doubt'], '.2f')}; seeds: {len(runs)}.\n"
+        f"whether the full model is wrong {_show(found['wrong'], '.2f')}, and with how little sure that is of its "
+        f"answer {_show(found['doubt'], '.2f')}; seeds: {len(runs)}.\n"
     )
 
 
