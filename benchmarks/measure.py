@@ -131,6 +131,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
+def fill(text: str, name: str, content: str) -> str:
+    """A page with `content` between its markers `name`."""
+    begin, end = f"<!-- [start:{name}] -->\n", f"<!-- [end:{name}] -->"
+    before, rest = text.split(begin)
+    return before + begin + content + end + rest.split(end)[1]
+
+
 def _git(*arguments: str) -> str:
     try:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

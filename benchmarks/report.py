@@ -10,7 +10,7 @@ from accuracy.report import plot as accuracy_plot
 from accuracy.report import tables as accuracy_tables
 from level_deferred import section as deferred_section
 from level_exported import section as exported_section
-from measure import show_ratio, table
+from measure import fill, show_ratio, table
 from paper.report import tables as paper_tables
 from reranking import section as reranking_section
 from serving import section as serving_section
@@ -237,13 +237,6 @@ def savings(results: dict[str, dict[str, Any]]) -> str:
         f"plain PyTorch and float32:\n\n{table(['', *titles], rows)}\n"
         f"One text at a time, at 1/4: {', '.join(latencies)}.\n"
     )
-
-
-def fill(text: str, name: str, content: str) -> str:
-    """A page with `content` between its markers `name`."""
-    begin, end = f"<!-- [start:{name}] -->\n", f"<!-- [end:{name}] -->"
-    before, rest = text.split(begin)
-    return before + begin + content + end + rest.split(end)[1]
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from measure import table
+from measure import fill, table
 
 from hf_budgetformer.tools.plots import new_figure, save_figure
 
@@ -169,13 +169,6 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes[0].set_ylabel("same answer as all chunks at full width, %")
     axes[-1].legend(fontsize=8)
     save_figure(figure, path)
-
-
-def fill(text: str, name: str, content: str) -> str:
-    """A page with `content` between its markers `name`."""
-    begin, end = f"<!-- [start:{name}] -->\n", f"<!-- [end:{name}] -->"
-    before, rest = text.split(begin)
-    return before + begin + content + end + rest.split(end)[1]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -461,8 +461,8 @@ def _labels_of(dataset: "Dataset", config: Any) -> np.ndarray | None:
         return None
 
 
-def _kept(logits: Sequence[torch.Tensor], labels: np.ndarray | None, config: Any) -> dict[str, Any]:
-    """Accuracy and its interval, of logits in the order of the labels."""
+def _kept(logits: Iterable[torch.Tensor], labels: np.ndarray | None, config: Any) -> dict[str, Any]:
+    """Accuracy and its interval, of logits in the order of the labels; without labels none are asked for."""
     if labels is None:
         return {}
     answers = decisions(torch.cat([x.float().cpu() for x in logits]), problem_type(config)).numpy()
@@ -550,9 +550,10 @@ def _measure(
         with HeldMemory([*owner.parameters(), *owner.buffers()]) as held:
             runs[place](largest)
         rate, spent, paid = rates[place].item(), 1.0, None
-        outs = [way(**batch) for batch in batches]
+        logits: Iterable[torch.Tensor] = (way(**batch).logits for batch in batches)
         if owner is model:
-            spent = sum(out.budget.sum().item() for out in outs) / rows
+            outs = [way(**batch) for batch in batches]
+            spent, logits = sum(out.budget.sum().item() for out in outs) / rows, [out.logits for out in outs]
         if owner is model and stock is not None:
             paid = inputs_to_break_even(settings["training_seconds"], rates[0].item(), rate)
         cost = BudgetCost(
@@ -566,11 +567,10 @@ def _measure(
             energy=used[place][0],
             co2e=used[place][1],
             break_even=paid,
-            **_kept([out.logits for out in outs], labels, model.config),
+            **_kept(logits, labels, model.config),
         )
         costs.append(cost)
     others = []
-    stock_logits = [] if stock is None else [stock(**batch).logits for batch in batches]
     for name in [AS_THEY_COME, *settings["against"]] if settings["against"] else []:
         place = len(runs) + list(rivals).index(name) if name in rivals else 0
         other = RivalCost(
@@ -579,8 +579,10 @@ def _measure(
             latency_p95=latency[1, place].item(),
             throughput=rates[-1 if name == AS_THEY_COME else place].item(),
             agreement=rivals[name].agreement if name in rivals else None,
-            **_kept(
-                [timed[place](batch) for batch in batches] if name in rivals else stock_logits, labels, model.config
+            **(
+                _kept((rivals[name].answer(batch) for batch in batches), labels, model.config)
+                if name in rivals
+                else {"accuracy": costs[0].accuracy, "interval": costs[0].interval}  # of the stock model
             ),
         )
         others.append(other)
