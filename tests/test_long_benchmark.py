@@ -22,24 +22,43 @@ from long.needles import OBJECTS, PEOPLE, make_documents
 from long.ways import Answered, judge, scores_of_needles
 
 
-def test_the_answer_follows_from_the_document():
-    """Solved here by reading the statements in order."""
-    rows = list(make_documents(["some words about it.", "Other words."], 80, 0, 20))
-    for row in rows:
-        holders = {}
-        links = dict.fromkeys(OBJECTS, 0)
-        for person, thing in re.findall(rf"({'|'.join(PEOPLE)}) has the (\w+)\.", row["text"]):
-            holders[thing] = person
-        told = rf"({'|'.join(PEOPLE)}) (?:gives|hands|passes) the (\w+) (?:on )?to ({'|'.join(PEOPLE)})\."
-        for giver, thing, taker in re.findall(told, row["text"]):
+ANYBODY = "|".join(PEOPLE)
+
+
+def solve_handed(row):
+    """Reads the statements in order."""
+    holders, links = {}, dict.fromkeys(OBJECTS, 0)
+    told = rf"({ANYBODY}) has the (\w+)\.|({ANYBODY}) (?:gives|hands|passes) the (\w+) (?:on )?to ({ANYBODY})\."
+    for first, owned, giver, thing, taker in re.findall(told, row["text"]):
+        if first:
+            holders[owned] = first
+        else:
             assert holders[thing] == giver
             holders[thing], links[thing] = taker, links[thing] + 1
-        [thing] = re.fullmatch(r"Who has the (\w+)\?", row["text_pair"]).groups()
-        assert holders[thing] == PEOPLE[row["label"]]
-        assert links[thing] == row["hops"]
+    [thing] = re.fullmatch(r"Who has the (\w+)\?", row["text_pair"]).groups()
+    return holders[thing], links[thing]
+
+
+def solve_reported(row):
+    """Goes up from the one who is asked about; the documents of all hops say as much."""
+    above = dict(re.findall(rf"({ANYBODY}) (?:reports to|works for|is led by) ({ANYBODY})\.", row["text"]))
+    assert len(above) == 5
+    [person] = re.fullmatch(rf"Who is at the top above ({ANYBODY})\?", row["text_pair"]).groups()
+    assert person not in above.values()
+    links = 0
+    while person in above:
+        person, links = above[person], links + 1
+    return person, links - 1
+
+
+@pytest.mark.parametrize(("task", "solve"), [("handed", solve_handed), ("reported", solve_reported)])
+def test_the_answer_follows_from_the_document(task, solve):
+    rows = list(make_documents(task, ["some words about it.", "Other words."], 80, 0, 20))
+    for row in rows:
+        assert solve(row) == (PEOPLE[row["label"]], row["hops"])
         assert 0.0 <= row["depth"] <= 1.0
     assert [sum(row["hops"] == x for row in rows) for x in range(4)] == [20] * 4
-    assert rows == list(make_documents(["some words about it.", "Other words."], 80, 0, 20))
+    assert rows == list(make_documents(task, ["some words about it.", "Other words."], 80, 0, 20))
 
 
 def made_up(seed):
@@ -120,7 +139,7 @@ def test_a_run_trains_judges_times_and_is_told(data, tmp_path, monkeypatch):
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text(
-        "".join(f"<!-- [start:{x}] -->\n<!-- [end:{x}] -->\n" for x in ("ways", "worth", "needles", "lengths"))
+        "".join(f"<!-- [start:{x}] -->\n<!-- [end:{x}] -->\n" for x in ("ways", "worth", *report.GENERATED, "lengths"))
     )
     (tmp_path / "results").mkdir()
     run.write(tmp_path / "results", "tiny", 0, settings, 1, found)

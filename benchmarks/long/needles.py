@@ -1,14 +1,18 @@
-"""Documents whose difficulty is known: statements about who has what, hidden among real paragraphs.
+"""Documents whose difficulty is known: statements hidden among real paragraphs, and a question that takes hops.
 
-The answer follows from a chain of statements: "Ada has the lamp", "Ada gives the lamp to Bruno", and so on; each link
-beyond the first is a hop. A second chain, about another object, tells of other people. The question is who has the
-object at the end: one of twenty. So hops, and where the last statement stands, are known for every document.
+The answer is one of twenty people and follows from a chain of statements; each link beyond the first is a hop. A second
+chain tells of other people. So hops, and where the last statement stands, are known for every document.
+
+- `handed`: "Ada has the lamp", "Ada gives the lamp to Bruno", and so on, in order. "Who has the lamp?" The second chain
+  is about another object and as long.
+- `reported`: "Ada reports to Bruno", "Bruno reports to Clara", in any order. "Who is at the top above Ada?" The two chains
+  have as many statements and people together whatever the hops, which the question alone decides.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 
 PEOPLE = (
@@ -17,12 +21,50 @@ PEOPLE = (
 )  # fmt: skip
 OBJECTS = ("lamp", "key", "map", "coin", "book", "ring", "clock", "letter", "violin", "kettle")
 PASSES = ("{0} gives the {2} to {1}.", "{0} hands the {2} to {1}.", "{0} passes the {2} on to {1}.")
+REPORTS = ("{0} reports to {1}.", "{0} works for {1}.", "{0} is led by {1}.")
 
 
-def chain(people: Sequence[str], thing: str, draw: random.Random) -> list[str]:
-    """Statements by which a thing goes from the first of `people` to the last."""
-    links = [draw.choice(PASSES).format(giver, taker, thing) for giver, taker in pairwise(people)]
-    return [f"{people[0]} has the {thing}.", *links]
+class Told(NamedTuple):
+    """What a document says.
+
+    Args:
+        own: Statements that the answer follows from, in the order of telling.
+        others: Those of the second chain.
+        question: About the first.
+        answer: Who.
+    """
+
+    own: list[str]
+    others: list[str]
+    question: str
+    answer: str
+
+
+def handed(hops: int, most_hops: int, draw: random.Random) -> Told:
+    """Who has a thing that went from hand to hand."""
+    people, things = draw.sample(PEOPLE, 2 * hops + 2), draw.sample(OBJECTS, 2)
+
+    def chain(people: Sequence[str], thing: str) -> list[str]:
+        links = [draw.choice(PASSES).format(giver, taker, thing) for giver, taker in pairwise(people)]
+        return [f"{people[0]} has the {thing}.", *links]
+
+    own, others = people[: hops + 1], people[hops + 1 :]
+    return Told(chain(own, things[0]), chain(others, things[1]), f"Who has the {things[0]}?", own[-1])
+
+
+def reported(hops: int, most_hops: int, draw: random.Random) -> Told:
+    """Who is above all others that somebody reports to."""
+    people = draw.sample(PEOPLE, most_hops + 4)
+    own, others = people[: hops + 2], people[hops + 2 :]
+
+    def chain(people: Sequence[str]) -> list[str]:
+        links = [draw.choice(REPORTS).format(*pair) for pair in pairwise(people)]
+        return draw.sample(links, len(links))
+
+    return Told(chain(own), chain(others), f"Who is at the top above {own[0]}?", own[-1])
+
+
+TASKS: dict[str, Callable[[int, int, random.Random], Told]] = {"handed": handed, "reported": reported}
 
 
 def insert(statements: list[list[str]], paragraphs: list[str], draw: random.Random) -> tuple[str, int]:
@@ -33,25 +75,24 @@ def insert(statements: list[list[str]], paragraphs: list[str], draw: random.Rand
         paragraphs: Between which they go.
         draw: Of the places.
     """
-    parts: list[list[str]] = [[x] for x in paragraphs]
-    parts.insert(0, [])
-    last = 0
-    for number, told in enumerate(statements):
-        places = sorted(draw.choices(range(len(parts)), k=len(told)))
-        for place, statement in zip(places, told, strict=True):
-            parts[place].append(statement)
-        last = places[-1] if number == 0 else last
-    return " ".join(sentence for part in parts for sentence in part), last
+    # Of each chain rising, so that its statements stay in order; the chains lie in one another.
+    places = [sorted(draw.uniform(0, len(paragraphs) + 1) for _ in told) for told in statements]
+    placed = [x for own, told in zip(places, statements, strict=True) for x in zip(own, told, strict=True)]
+    parts: list[list[str]] = [[], *([x] for x in paragraphs)]
+    for place, statement in sorted(placed):
+        parts[int(place)].append(statement)
+    return " ".join(sentence for part in parts for sentence in part), int(places[0][-1])
 
 
 def make_documents(
-    paragraphs: Sequence[str], count: int, seed: int, words: int, most_hops: int = 3
+    task: str, paragraphs: Sequence[str], count: int, seed: int, words: int, most_hops: int = 3
 ) -> Iterator[dict[str, Any]]:
     """Rows of text, text_pair (the question), label (who, by number), hops, and depth.
 
     The depth is the share of the paragraphs before the last statement of the chain that is asked about.
 
     Args:
+        task: One of `TASKS`.
         paragraphs: To hide statements among.
         count: Rows; hops come equally often.
         seed: Of all draws.
@@ -61,12 +102,11 @@ def make_documents(
     draw = random.Random(seed)
     for number in range(count):
         hops = number % (most_hops + 1)
-        people, things = draw.sample(PEOPLE, 2 * hops + 2), draw.sample(OBJECTS, 2)
-        own, others = people[: hops + 1], people[hops + 1 :]
+        told = TASKS[task](hops, most_hops, draw)
         filling: list[str] = []
         while sum(len(x.split()) for x in filling) < words:
             filling.append(draw.choice(paragraphs))
-        text, last = insert([chain(own, things[0], draw), chain(others, things[1], draw)], filling, draw)
+        text, last = insert([told.own, told.others], filling, draw)
         depth = last / len(filling) if filling else 1.0
-        label = PEOPLE.index(own[-1])
-        yield {"text": text, "text_pair": f"Who has the {things[0]}?", "label": label, "hops": hops, "depth": depth}
+        label = PEOPLE.index(told.answer)
+        yield {"text": text, "text_pair": told.question, "label": label, "hops": hops, "depth": depth}

@@ -24,7 +24,8 @@ TITLES = {
     "novels_authorship": "novels",
     "contract_nli": "ContractNLI",
 }
-OTHERS = {"needles", "lengths"}
+GENERATED = ("handed", "reported")
+OTHERS = {*GENERATED, "lengths"}
 WAYS = (
     "chunks", "chunks, max", "chunks, vote", "first", "ends", "chunks at 1/4", "chunks at 1/12", "chunks, looks",
     "first, looks", "ends, looks", "width: all chunks at 1/12, then open", "width: all chunks at 1/4, then open",
@@ -181,8 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
     text = options.page.read_text()
     text = fill(text, "ways", documents_table(results))
     text = fill(text, "worth", width_or_length(results))
-    if "needles" in results:
-        text = fill(text, "needles", needles_table(results["needles"]))
+    for name in GENERATED:
+        if name in results:
+            text = fill(text, name, needles_table(results[name]))
     if "lengths" in results:
         text = fill(text, "lengths", lengths_table(results["lengths"][0]))
     options.page.write_text(text)

@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from inputs import keep_quiet, load_tokenizer, minilm
 from level_cells import make_batch
-from long.needles import make_documents
+from long.needles import TASKS, make_documents
 from long.ways import Answered, judge, scores_of_needles
 from measure import environment, interleave, read_json, spread, stopwatch
 from transformers import AutoModelForSequenceClassification, TrainingArguments
@@ -247,17 +247,17 @@ def run_long(rows: dict[str, Dataset], work: Path, settings: dict[str, Any], own
     return found
 
 
-def run_needles(options: argparse.Namespace, settings: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The generated set, whose difficulty is known."""
+def run_needles(task: str, options: argparse.Namespace, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A generated set, whose difficulty is known."""
     from docstrings import load_docstrings
 
     own = {**settings["needles"], "seed": seed}
-    work = options.work / f"needles-{seed}"
+    work = options.work / f"{task}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
     texts, rows = load_docstrings(), {}
     for number, split in enumerate(("train", "calibration", "test")):
         paragraphs = texts["validation" if split == "calibration" else split]["text"]
-        made = make_documents(list(paragraphs), own[split], 1000 * seed + number, own["words"], own["hops"])
+        made = make_documents(task, list(paragraphs), own[split], 1000 * seed + number, own["words"], own["hops"])
         rows[split] = Dataset.from_list(list(made))
     plain = {split: part.remove_columns(["hops", "depth"]) for split, part in rows.items()}
     folder = train(minilm(), plain["train"], work / "model", settings, own, max_length=own["max_length"], mixed=0)
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--starts", type=Path, help="the accuracy benchmark's work folder, for models to start from")
     parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
     parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--data-sets", nargs="*", help="some of the settings' only; needles is the generated one")
+    parser.add_argument("--data-sets", nargs="*", help=f"some of the settings' only; generated: {[*TASKS]}")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--time", action="store_true", help="time too: nothing else may run then")
@@ -338,10 +338,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     settings = read_json(options.settings)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name in options.data_sets or ["needles", *settings["data"], *(["lengths"] if options.time else [])]:
+    for name in options.data_sets or [*TASKS, *settings["data"], *(["lengths"] if options.time else [])]:
         for seed in options.seeds:
-            if name == "needles":
-                found = run_needles(options, settings, seed)
+            if name in TASKS:
+                found = run_needles(name, options, settings, seed)
             elif name == "lengths":
                 found = run_lengths()
             else:
