@@ -1,4 +1,4 @@
-"""README's way from a plain MiniLM to one that is deployed, command by command, on a few hundred real texts."""
+"""The way from a plain MiniLM to one that is deployed, command by command as told, on a few hundred real texts."""
 
 import importlib.resources
 import json
@@ -24,8 +24,7 @@ from hf_budgetformer.tools.tables import read_table
 
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TITLE = "## Command line"
+PAGE = (ROOT / "docs" / "how_to" / "command_line.md").read_text(encoding="utf-8")
 ROWS = {"train": 384, "validation": 400, "test": 400}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -51,9 +50,7 @@ def environment(place):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder in which README's commands have been run."""
-    if TITLE not in README:
-        pytest.skip("README does not tell the way.")
+    """A folder in which the page's commands have been run."""
     sys.path.insert(0, str(ROOT / "examples"))
     from docstrings import load_docstrings
 
@@ -66,8 +63,7 @@ def place(tmp_path_factory):
     command.parent.mkdir()
     command.write_text(f"#!{sys.executable}\nfrom hf_budgetformer_cli import main\n\nmain()\n")
     command.chmod(0o755)
-    section = README.split(TITLE)[1].split("\n## ")[0]
-    commands = "\n".join(re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL))
+    commands = "\n".join(re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL))
     assert set(re.findall(r"^budgetformer (\w+)", commands, flags=re.MULTILINE)) == {
         "train", "evaluate", "tune", "profile", "cut", "export", "card", "predict"
     }  # fmt: skip
