@@ -294,8 +294,12 @@ def section(result: dict[str, Any]) -> str:
         )
         rows = []
         for name, x in figures["ways"].items():
-            rows.append([name, f"{x['rows_per_second']['median']:.0f}", show_ratio(x["ratio"])])
-        return text + table(["", "rows per second", "stock, a loop /"], rows)
+            rate = x["rows_per_second"]["median"]
+            rows.append([name, f"{rate:.0f}", show_ratio(x["ratio"]), f"{1e9 / rate / 3600:,.0f}"])
+        return (
+            f"{text}{table(['', 'rows per second', 'stock, a loop /', 'hours for a billion texts'], rows)}\nHours of "
+            f"this machine, whose price they are multiplied by, for texts as long as these.\n"
+        )
     text = (
         f"\n## {settings['title']}\n\n`serving.json`: texts of {source}, one in a request, on loopback; clients are on "
         f"the same machine. Both servers batch up to {settings['max_batch']} requests and wait "
