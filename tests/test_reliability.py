@@ -19,9 +19,11 @@ from transformers import TrainingArguments, set_seed
 import hf_budgetformer_cli as cli
 from conftest import budgetformer, stock_folder
 from hf_budgetformer import BudgetFormerForSequenceClassification
+from hf_budgetformer.runtime import ExportError, OnnxClassifier
 from hf_budgetformer.tools import prediction
 from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.evaluation import BudgetResult, Evaluation
+from hf_budgetformer.tools.looks_export import export_looks
 from hf_budgetformer.tools.model_card import write_model_card
 from hf_budgetformer.tools.prediction import predict_file
 from hf_budgetformer.tools.recipe import last_checkpoint, train_classifier
@@ -240,6 +242,32 @@ def test_a_card_that_is_killed_leaves_the_readme_of_before_or_after(checkpoint, 
             }
             assert run_and_kill(lambda: write_model_card(model))
         assert files_of(model) == after
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_an_export_that_is_killed_does_not_load_and_the_next_one_is_whole(checkpoint, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, tokenizer = load_classifier(str(checkpoint), budgeted=True)
+    place = tmp_path / "place"  # of one name, which may be in the graphs
+
+    def work():
+        with contextlib.redirect_stdout(io.StringIO()):
+            export_looks(model, tokenizer, place / "served")
+
+    seconds = time_whole(work)
+    whole, draw = files_of(place), random.Random(5)
+    expected = OnnxClassifier(place / "served")(["w1 w2", "w3"]).logits
+    for _ in range(10):
+        shutil.rmtree(place)
+        if not run_and_kill(work, seconds * draw.random()):
+            if not (place / "served" / "onnx" / "looks.json").exists():
+                with pytest.raises(ExportError):
+                    OnnxClassifier(place / "served")
+            assert run_and_kill(work)
+        assert files_of(place).keys() == whole.keys()  # and nothing is left of what was cut off
+        assert (OnnxClassifier(place / "served")(["w1 w2", "w3"]).logits == expected).all()
 
 
 def check_results(checkpoint, folder, kills):

@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,8 +132,7 @@ def export_looks(
     names = _graph_names(looks.costs, runtime, dtype)
     _check_folder(folder, ours.config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=".export") as place:
-        made = Path(place)
+    with _workplace(folder) as made:
         there = folder / "onnx" / _TAKEN if runtime == "onnx" else None
         traced, taken = _write_float32(ours, tokenizer, looks, made, there)
         reference = OnnxClassifier(made, torch.get_num_threads())
@@ -152,6 +151,19 @@ def export_looks(
             looks = _calibrate(reference, graphs, rows, places, ours.config, calibration, made)
         _move(made, folder, looks)
     return LooksExport(folder, looks, taken)
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """An empty folder beside this one, of one name, so that what a killed export left there goes with the next."""
+    folder = folder.resolve()  # which may be "."
+    place = folder.with_name(f".{folder.name}.export")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place)
 
 
 def _check_arguments(
