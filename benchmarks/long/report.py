@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,10 @@ def documents_table(results: dict[str, list[dict[str, Any]]]) -> str:
             figures = [mean(runs, "ways", way, x) for x in ("accuracy", "agreement", "cost")]
             seconds = mean(runs, "timing", way, "of_chunks", "median")
             rows.append([way, *(_show(x, ".1%") for x in figures[:2]), _show(figures[2], ".2f"), _show(seconds, ".2f")])
-        for way in ("chunks", "chunks at 1/4", "chunks, looks"):
-            if (accuracy := mean(runs, "long", "ways", way, "accuracy")) is not None:
-                told = way.replace("chunks", "whole documents, positions extended")
-                cost = mean(runs, "long", "ways", way, "cost")
-                rows.append([told, _show(accuracy, ".1%"), "-", _show(cost, ".2f"), "-"])
+        for positions, way in product(("tiled", "interpolated"), ("chunks", "chunks at 1/4", "chunks, looks")):
+            if (accuracy := mean(runs, "long", positions, way, "accuracy")) is not None:
+                told = way.replace("chunks", f"whole documents, positions {positions}")
+                rows.append([told, _show(accuracy, ".1%"), "-", "-", "-"])
         text += table(["way", "accuracy", "agreement", "work", "time"], rows)
     return text
 

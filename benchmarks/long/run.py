@@ -26,9 +26,11 @@ from level_cells import make_batch
 from long.needles import TASKS, make_documents
 from long.ways import Answered, judge, scores_of_needles
 from measure import environment, interleave, read_json, spread, stopwatch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from hf_budgetformer import BudgetFormerForSequenceClassification
+from hf_budgetformer.positions import extend_positions
 from hf_budgetformer.tools.batching import tokenized
 from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.documents import Chunks, DocumentLook, answer_documents, keep_ends, split_documents
@@ -103,15 +105,22 @@ def train(
 
 
 def start_of(own: dict[str, Any], starts: Path | None, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Where training starts, and how: a plain MiniLM, or one that the accuracy benchmark has fine-tuned."""
+    """Where training starts, and how: a plain MiniLM, or one that the accuracy benchmark has fine-tuned.
+
+    That is the full model as it is, unless its labels come in another "order", of a task that it is fine-tuned for.
+    """
     if "start" not in own:
         return minilm(), {}
     if starts is None:
         raise SystemExit(f"--starts must be the accuracy benchmark's work folder, for its model of {own['start']}.")
     if not (folder / "config.json").exists():
-        AutoModelForSequenceClassification.from_pretrained(starts / own["start"] / "full").save_pretrained(folder)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(starts / own["start"] / "full")
+        if "order" in own:
+            for part in model.classifier.parameters():
+                part.data = part.data[own["order"]]
+        model.save_pretrained(folder)
         load_tokenizer().save_pretrained(folder)
-    return str(folder), {"fine_tuned": True}
+    return str(folder), {"fine_tuned": "order" not in own}
 
 
 def ask(model: Any, rows: Any, tokenizer: Any, budget: float) -> np.ndarray:
@@ -220,30 +229,44 @@ def run_documents(name: str, options: argparse.Namespace, settings: dict[str, An
     return found
 
 
+def interpolated(start: str, folder: Path, length: int) -> str:
+    """The start with a position table of that length whose rows lie between its own, instead of repeating them."""
+    model: Any = AutoModelForSequenceClassification.from_pretrained(start)
+    trained = model.base_model.embeddings.position_embeddings.weight.data.T[None]  # (1, D, rows)
+    extend_positions(model, length)
+    table = nn.functional.interpolate(trained, size=length, mode="linear", align_corners=True)[0].T
+    model.base_model.embeddings.position_embeddings.weight.data = table.contiguous()
+    model.save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def run_long(rows: dict[str, Dataset], work: Path, settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A model of all the document at once, its position table extended."""
+    """Models of all the document at once, their position tables extended in both ways."""
     length = settings["long"]
-    folder = train(
-        str(work / "start" if "start" in own else work / "chunk" / "teacher"),
-        rows["train"].take(own["long"]),
-        work / "long",
-        settings,
-        {**own, "batch_size": 4, "epochs": 1},
-        max_length=length,
-        max_position_embeddings=length,
-    )
-    model, tokenizer = load_classifier(str(folder), budgeted=True, device="cpu")
+    start = str(work / "start" if "start" in own else work / "chunk" / "teacher")
     found: dict[str, Any] = {"trained_on": own["long"]}
-    parts = {}
-    for split in ("calibration", "test"):
-        target = work / f"long-{split}.npz"
-        if not target.exists():
-            inputs = tokenized(rows[split].remove_columns("label")[:], tokenizer, length)
-            np.savez(target, **{f"{b:.6f}": ask(model, inputs, tokenizer, b) for b in BUDGETS})
-        kept, count = np.load(target), len(rows[split])
-        logits, ones = {b: kept[f"{b:.6f}"] for b in BUDGETS}, np.ones(count, dtype=np.int64)
-        parts[split] = Answered(logits, logits, np.arange(count), ones, ones, np.array(rows[split]["label"]))
-    found["ways"] = judge(parts["calibration"], parts["test"])
+    for way in ("tiled", "interpolated"):
+        folder = train(
+            start if way == "tiled" else interpolated(start, work / "start-interpolated", length),
+            rows["train"].take(own["long"]),
+            work / f"long-{way}",
+            settings,
+            {**own, "batch_size": 4, "epochs": 1},
+            max_length=length,
+            max_position_embeddings=length,
+        )
+        model, tokenizer = load_classifier(str(folder), budgeted=True, device="cpu")
+        parts = {}
+        for split in ("calibration", "test"):
+            target = work / f"long-{way}-{split}.npz"
+            if not target.exists():
+                inputs = tokenized(rows[split].remove_columns("label")[:], tokenizer, length)
+                np.savez(target, **{f"{b:.6f}": ask(model, inputs, tokenizer, b) for b in BUDGETS})
+            kept, count = np.load(target), len(rows[split])
+            logits, ones = {b: kept[f"{b:.6f}"] for b in BUDGETS}, np.ones(count, dtype=np.int64)
+            parts[split] = Answered(logits, logits, np.arange(count), ones, ones, np.array(rows[split]["label"]))
+        found[way] = judge(parts["calibration"], parts["test"])
     return found
 
 
