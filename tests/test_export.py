@@ -16,7 +16,8 @@ from hf_budgetformer.tools.narrowing import cut
 def small(backbone_type):
     """Two layers, for exporting takes seconds for each; its narrow encoder was trained, so that it looks twice."""
     torch.manual_seed(0)  # module fixtures come before the seed of a test
-    stock = stock_config(backbone_type, num_hidden_layers=2)
+    # As wide as it takes for parts of weights that the exporter leaves as operations by itself.
+    stock = stock_config(backbone_type, num_hidden_layers=2, hidden_size=128)
     config = BudgetFormerConfig.from_backbone_config(stock, narrow_budget=0.5, opening_order=equal_shares(layers=2))
     model = BudgetFormerForSequenceClassification(config).eval()
     model.narrow.steps += 1
@@ -105,6 +106,14 @@ def test_what_fails_the_check_leaves_no_file_and_replaces_none(traced_before, tm
     assert [x.name for x in tmp_path.iterdir()] == ["there.onnx"]
     assert (tmp_path / "there.onnx").read_text() == "before"
     assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_parts_of_weights_are_weights(exported):
+    """Or what quantises passes them by, and NNCF stops at them (a query of the first token alone reads such a part)."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(exported[1]).graph
+    weights = {x.name for x in graph.initializer}
+    assert [node.op_type for node in graph.node if node.input and set(node.input) <= weights] == []
 
 
 @pytest.mark.slow

@@ -70,9 +70,11 @@ class TracedModel(nn.Module):
 
     def _trace(self) -> Any:
         example = self.make_inputs(_TRACED)
+        import onnxscript.optimizer
+
         axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
         with torch.no_grad():
-            return torch.onnx.export(
+            program: Any = torch.onnx.export(
                 torch.export.export(self, example, dynamic_shapes=((axes,) * len(example),)),
                 dynamo=True,
                 input_names=self.names,
@@ -80,6 +82,10 @@ class TracedModel(nn.Module):
                 dynamic_shapes=(({0: "batch", 1: "length"},) * len(example),),
                 verbose=False,
             )
+        # Parts of weights become weights, whatever their size: what quantises sees no others.
+        onnxscript.optimizer.fold_constants(program.model, input_size_limit=2**62, output_size_limit=2**62)
+        onnxscript.optimizer.remove_unused_nodes(program.model)
+        return program
 
     @torch.no_grad()
     def check(self, graph: OnnxGraph | OpenVINOGraph, dtype: str = "fp32") -> None:
