@@ -43,15 +43,13 @@ def test_docstrings_of_one_opening_are_on_one_side(passages):
 
 
 def test_docstrings_are_the_same_every_time_and_without_the_rest_of_the_library(passages, tmp_path):
-    again = docstrings.load_docstrings()
-    assert {name: list(split) for name, split in again.items()} == {
-        name: list(split) for name, split in passages.items()
-    }
     one = tmp_path / "heapq.py"
     one.write_text(Path(docstrings.sysconfig.get_path("stdlib"), "heapq.py").read_text("utf-8"), "utf-8")
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "json.py").write_text('"""Six words that nobody should ever read."""')
-    for name, split in docstrings.load_docstrings(tmp_path).items():
+    found, again = (docstrings.load_docstrings(tmp_path) for _ in range(2))
+    for name, split in found.items():
+        assert list(split) == list(again[name])
         assert set(split["text"]) <= set(passages[name]["text"]), name
 
 

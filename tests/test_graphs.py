@@ -80,7 +80,7 @@ def test_a_cut_model_exports_without_a_view(backbone_type):
     assert shapes | split >= {shape for shape in products(program)[:-2] if 0 not in shape}
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.25])
+@pytest.mark.parametrize("budget", [pytest.param(1.0, marks=pytest.mark.slow), 0.25])
 def test_one_compiled_graph_serves_batches_of_all_sizes(budget):
     """A message made of a size, in a check that does not fail, would compile each size anew."""
     model, graphs = wide("bert", num_hidden_layers=2).requires_grad_(False), []

@@ -479,6 +479,7 @@ def run_example(monkeypatch, *arguments):
 
 def test_the_example_pushes_and_tells_how_others_load(shared):
     printed = shared["example_printed"]
+    assert "already registered" not in printed  # the pipelines that the package brings
     assert f"Pushed {shared['saved']['roberta']} to loopback/by_example" in printed
     assert "same logits" in printed
     assert (

@@ -262,6 +262,7 @@ def test_the_last_line_is_the_answer_to_what_is_gained(compared):
     assert "stock, as they come. Nothing is promised at a fixed budget." in fixed
 
 
+@pytest.mark.slow
 def test_other_runtimes_answer_as_the_stock_model():
     for package in ("onnxruntime", "onnxscript", "openvino", "nncf"):
         pytest.importorskip(package)
@@ -283,6 +284,7 @@ def test_other_runtimes_answer_as_the_stock_model():
                 assert rival.agreement == 1.0
 
 
+@pytest.mark.slow
 def test_a_runtime_that_answers_otherwise_is_not_timed(monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

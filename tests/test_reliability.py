@@ -435,7 +435,7 @@ def damage_and_load(checkpoint, folder, seeds):
 
 
 def test_a_damaged_checkpoint_loads_or_is_refused_by_one_clear_error(checkpoint, tmp_path):
-    damage_and_load(checkpoint, tmp_path / "damaged", range(100))
+    damage_and_load(checkpoint, tmp_path / "damaged", range(40))
 
 
 @pytest.mark.slow

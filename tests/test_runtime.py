@@ -393,6 +393,7 @@ def test_a_graph_of_another_exporter_is_taken_if_it_answers_as_the_full_model(
         export_looks(model, tokenizer, tmp_path / "served")
 
 
+@pytest.mark.slow
 def test_an_export_may_be_made_again(folder_of_bert, tokenizer, some_texts, tmp_path):
     shutil.copytree(folder_of_bert[1], tmp_path / "served")
     other = small("bert")

@@ -231,6 +231,7 @@ def test_the_callback_leaves_the_looks_of_a_classifier_whose_batches_are_texts(t
     assert ours[0].model.config.looks is None
 
 
+@pytest.mark.slow
 def test_a_process_encodes_as_this_one(folders):
     model = encoder(folders / "encoder")
     model.module_kwargs = {"0": ["budget"]}
@@ -242,7 +243,8 @@ def test_a_process_encodes_as_this_one(folders):
     np.testing.assert_allclose(found, model.encode(TEXTS, budget=0.25), atol=1e-6)
 
 
-@pytest.mark.parametrize("pool", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one process", "two"])
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", [False, True], ids=["one process", "two"])
 def test_folders_serve_where_the_package_is_not_installed(pool, folders, tmp_path):
     ours, scorer = encoder(folders / "encoder"), reranker(folders / "reranker")
     ours.module_kwargs = {"0": ["budget"]}
