@@ -23,7 +23,8 @@ from hf_budgetformer.runtime import LooksClassifier, OnnxClassifier, OpenVINOCla
 from hf_budgetformer.tools.batching import tokenized
 from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.looks_export import export_looks
-from hf_budgetformer.tools.profiling import RIVALS, stock_model
+from hf_budgetformer.tools.narrowing import stock_model
+from hf_budgetformer.tools.rivals import RIVALS
 from hf_budgetformer.tools.tuning import describe_promise, kept_promise
 
 

@@ -16,8 +16,8 @@ from measure import Agreement, has_bfloat16, interleave, ratio, spread, stopwatc
 
 from hf_budgetformer.budgets import confidence, plan_looks
 from hf_budgetformer.tools.narrowing import cut
-from hf_budgetformer.tools.profiling import RIVALS, HeldMemory
-from hf_budgetformer.tools.rivals import make_rivals
+from hf_budgetformer.tools.profiling import HeldMemory
+from hf_budgetformer.tools.rivals import RIVALS, make_rivals
 from hf_budgetformer.tools.tuning import Calibration
 
 

@@ -19,7 +19,7 @@ import torch
 from inputs import keep_quiet
 from measure import ROOT, TOLERANCE, environment, read_json
 
-from hf_budgetformer.tools.profiling import RIVALS, check_against
+from hf_budgetformer.tools.rivals import RIVALS, check_against
 
 
 COMMON = {"level": "", "title": "", "threads": [2], "repeats": 7, "seed": 0, "dtype": "float32"}

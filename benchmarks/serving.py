@@ -32,8 +32,8 @@ from inputs import keep_quiet, read_texts
 from measure import ROOT, environment, interleave, ratio, read_filled, show_ratio, spread, stopwatch, table
 
 from hf_budgetformer.tools.checkpoints import load_classifier, load_config
+from hf_budgetformer.tools.narrowing import stock_model
 from hf_budgetformer.tools.prediction import predict
-from hf_budgetformer.tools.profiling import stock_model
 from hf_budgetformer.tools.results import write_json
 from hf_budgetformer.tools.tuning import kept_promise
 

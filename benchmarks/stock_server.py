@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from measure import ROOT
 
-from hf_budgetformer.tools.profiling import stock_model
+from hf_budgetformer.tools.narrowing import stock_model
 
 
 sys.path.append(str(ROOT / "examples"))

@@ -440,7 +440,8 @@ def profile(
 ) -> None:
     """Time, FLOPs, memory and, with labels, accuracy beside the stock model; after how many texts training has paid."""
     asked = _parse_budgets(budgets)
-    from hf_budgetformer.tools.profiling import check_against, cost_card
+    from hf_budgetformer.tools.profiling import cost_card
+    from hf_budgetformer.tools.rivals import check_against
 
     others = [name.strip() for name in against.split(",")] if against else []
     try:

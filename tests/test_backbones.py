@@ -15,8 +15,8 @@ from hf_budgetformer.attention import BAND_QUERIES, Reach, attend_band, attend_p
 from hf_budgetformer.backbones import BACKBONES, Backbone, LayerNames
 from hf_budgetformer.budgets import OpeningOrder
 from hf_budgetformer.packing import find_packing
-from hf_budgetformer.tools.narrowing import cut, unit_importance
-from hf_budgetformer.tools.profiling import count_flops, stock_model
+from hf_budgetformer.tools.narrowing import cut, stock_model, unit_importance
+from hf_budgetformer.tools.profiling import count_flops
 
 
 # Norms before its sublayers, and one behind the last layer: nothing about it is said anywhere but in this row.

@@ -14,15 +14,13 @@ from conftest import STOCK, batch_of, budgetformer, stock_classifier
 from hf_budgetformer.tools import profiling, rivals
 from hf_budgetformer.tools.batching import batches_by_length
 from hf_budgetformer.tools.export import export_onnx
-from hf_budgetformer.tools.narrowing import cut
+from hf_budgetformer.tools.narrowing import cut, stock_model
 from hf_budgetformer.tools.profiling import (
-    RIVALS,
     CostCard,
     HeldMemory,
     cost_card,
     count_flops,
     inputs_to_break_even,
-    stock_model,
 )
 
 
@@ -211,7 +209,7 @@ def test_a_cost_card_tells_what_is_gained_on_what_a_user_would_pick_instead(text
         made.append(stock)
         return {"onnx-int8": rivals.Rival(lambda batch: stock(**batch).logits, 0.75)}
 
-    monkeypatch.setattr(rivals, "make_rivals", make_rivals)
+    monkeypatch.setattr(profiling, "make_rivals", make_rivals)
     asked = {"batch_size": 4, "rows": 10, "repeats": 1, "against": ["onnx-int8", "sorted", "sorted"]}
     card = cost_card(model, texts, tokenizer, (0.25, None), **asked)
     assert len(made) == 1
@@ -268,9 +266,9 @@ def test_other_runtimes_answer_as_the_stock_model():
         pytest.importorskip(package)
     model, batches = budgetformer("bert"), [batch_of([9, 4, 6]), batch_of([12])]
     environment = dict(os.environ)
-    found = rivals.make_rivals(RIVALS, model, batches, 1)
+    found = rivals.make_rivals(rivals.RIVALS, model, batches, 1)
     assert dict(os.environ) == environment
-    assert tuple(found) == RIVALS
+    assert tuple(found) == rivals.RIVALS
     stock = stock_model(model)
     for name, rival in found.items():
         assert 0.0 <= rival.agreement <= 1.0

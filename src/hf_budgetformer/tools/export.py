@@ -18,8 +18,7 @@ from torch import nn
 from ..backbones import BACKBONES, max_input_length
 from ..runtime import DTYPES, OnnxGraph, OpenVINOGraph, unreported
 from .checkpoints import check_classifier
-from .narrowing import cut
-from .profiling import stock_model
+from .narrowing import cut, stock_model
 
 
 # Tokens of the inputs that an exported model is traced with, and, in other batches and lengths, checked with.

@@ -39,7 +39,7 @@ from ..runtime import (
 from .checkpoints import check_classifier
 from .export import TracedModel, check_dtype, check_onnx, convert_onnx, static_model, write_openvino
 from .looking import plan_call
-from .profiling import stock_model
+from .narrowing import stock_model
 from .results import write_json
 from .tables import label_ids
 from .tuning import FirstLook, decisions, find_losses, kept_promise, tune_looks

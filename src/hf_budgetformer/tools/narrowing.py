@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
+from ..backbones import stock_config
 from ..narrow import Importance
+from .checkpoints import check_classifier
 
 
 def _check_narrow(model: Any) -> Any:
@@ -142,4 +145,24 @@ def _prefix(wide: Mapping[str, torch.Tensor], narrow: Mapping[str, torch.Tensor]
     return {name: wide[name][tuple(map(slice, value.shape))] for name, value in narrow.items()}
 
 
-__all__ = ["cut", "order_units", "unit_importance"]
+def stock_model(model: nn.Module) -> Any:
+    """The stock classifier with the full model's weights, in eval mode.
+
+    Args:
+        model: A BudgetFormer classifier with a full encoder.
+
+    Raises:
+        ValueError: The model was cut.
+    """
+    ours: Any = model
+    check_classifier(model)
+    if not ours.config.full_encoder:
+        raise ValueError("model must have its full encoder, got one that was cut.")
+    config = stock_config(ours.config)
+    stock = AutoModelForSequenceClassification.from_config(config, attn_implementation=ours.config._attn_implementation)
+    weights = ours.state_dict()
+    stock.load_state_dict({name: weights[name] for name in stock.state_dict()})
+    return stock.to(ours.device, ours.dtype).eval()
+
+
+__all__ = ["cut", "order_units", "stock_model", "unit_importance"]

@@ -20,14 +20,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.logging import get_logger, tqdm
 
-from ..backbones import stock_config
 from ..budgets import problem_type
 from .batching import batches_by_length, tokenized
 from .checkpoints import check_classifier, distinct_budgets
 from .evaluation import BUDGETS, wilson_interval
+from .narrowing import stock_model
+from .rivals import RIVALS, check_against, make_rivals
 from .tables import label_values
 from .tuning import decisions, describe_promise, kept_promise
 
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# What a user could pick instead: the stock model on batches sorted by length, or in another runtime.
-RIVALS = ("onnx", "onnx-int8", "openvino", "openvino-int8")
-AGAINST = ("sorted", *RIVALS)
 AS_THEY_COME = "as they come"
 # How long each way is run for its energy: codecarbon takes a sample a second.
 ENERGY_SECONDS = 5.0
@@ -85,8 +83,8 @@ class RivalCost:
     """What the stock model costs when it is run otherwise.
 
     Attributes:
-        name: "as they come": plain PyTorch, on batches of texts in the order of the data; else of `AGAINST`, on the
-            batches sorted by length that the budgets are measured on.
+        name: "as they come": plain PyTorch, on batches of texts in the order of the data; else of `rivals.AGAINST`, on
+            the batches sorted by length that the budgets are measured on.
         latency_p50: As in `BudgetCost`.
         latency_p95: As in `BudgetCost`.
         throughput: As in `BudgetCost`.
@@ -259,26 +257,6 @@ def inputs_to_break_even(training_seconds: float | None, stock_rate: float, rate
     return math.ceil(training_seconds / (1.0 / stock_rate - 1.0 / rate))
 
 
-def stock_model(model: nn.Module) -> Any:
-    """The stock classifier with the full model's weights, in eval mode.
-
-    Args:
-        model: A BudgetFormer classifier with a full encoder.
-
-    Raises:
-        ValueError: The model was cut.
-    """
-    ours: Any = model
-    check_classifier(model)
-    if not ours.config.full_encoder:
-        raise ValueError("model must have its full encoder, got one that was cut.")
-    config = stock_config(ours.config)
-    stock = AutoModelForSequenceClassification.from_config(config, attn_implementation=ours.config._attn_implementation)
-    weights = ours.state_dict()
-    stock.load_state_dict({name: weights[name] for name in stock.state_dict()})
-    return stock.to(ours.device, ours.dtype).eval()
-
-
 class HeldMemory(TorchDispatchMode):
     """Bytes that tensors hold, now and at most, while operations run: weights, and results that are still alive."""
 
@@ -395,9 +373,9 @@ def cost_card(
         training_seconds: What training took beyond having the stock model, for `break_even`.
         energy: Whether to measure energy and CO2e, which takes 5 seconds for each budget. codecarbon reads the country
             from the environment variable CODECARBON_COUNTRY_ISO_CODE; without it the world's mean electricity counts.
-        against: What else is measured, of `AGAINST`: "sorted", the stock model in plain PyTorch on batches sorted by
-            length, and the stock model in other runtimes (see `tools.rivals`), on the CPU; where anything is given,
-            the stock model on batches as they come too.
+        against: What else is measured, of `rivals.AGAINST`: "sorted", the stock model in plain PyTorch on batches
+            sorted by length, and the stock model in other runtimes, on the CPU; where anything is given, the stock
+            model on batches as they come too.
 
     Raises:
         ValueError: An argument is not allowed.
@@ -471,12 +449,6 @@ def _kept(logits: Iterable[torch.Tensor], labels: np.ndarray | None, config: Any
     return {"accuracy": correct / len(labels), "interval": wilson_interval(correct, len(labels))}
 
 
-def check_against(against: Sequence[str], allowed: Sequence[str] = AGAINST) -> None:
-    """Raises ValueError where a name is not allowed."""
-    if unknown := [name for name in against if name not in allowed]:
-        raise ValueError(f"against must be of {list(allowed)}, got {unknown}.")
-
-
 def _check_comparable(against: Sequence[str], model: Any) -> None:
     """Raises ValueError unless the model can be measured against these."""
     if against and not model.config.full_encoder:
@@ -525,8 +497,6 @@ def _measure(
 
     def run(way: Callable[..., Any], batch: Any) -> None:
         way(**batch).logits.cpu()  # which waits for the device
-
-    from .rivals import make_rivals  # which needs this module
 
     runtimes = [name for name in settings["against"] if name in RIVALS]
     rivals = make_rivals(runtimes, model, batches, settings["threads"])
@@ -600,15 +570,11 @@ def _measure(
 
 
 __all__ = [
-    "AGAINST",
-    "RIVALS",
     "BudgetCost",
     "CostCard",
     "HeldMemory",
     "RivalCost",
-    "check_against",
     "cost_card",
     "count_flops",
     "inputs_to_break_even",
-    "stock_model",
 ]

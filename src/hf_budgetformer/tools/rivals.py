@@ -12,9 +12,12 @@ from torch import nn
 from ..budgets import has_confidence
 from ..runtime import INPUTS, OnnxGraph, OpenVINOGraph, unreported
 from .export import convert_onnx, export_onnx, quantize_openvino
-from .profiling import RIVALS, check_against, stock_model
+from .narrowing import stock_model
 
 
+# What a user could pick instead: the stock model on batches sorted by length, or in another runtime.
+RIVALS = ("onnx", "onnx-int8", "openvino", "openvino-int8")
+AGAINST = ("sorted", *RIVALS)
 # Batches that OpenVINO's int8 model is calibrated on, at most: more take longer and change no speed.
 _CALIBRATION_BATCHES = 8
 # Rows of each: 32 of 512 tokens took 19 GiB.
@@ -39,12 +42,18 @@ class Rival:
     agreement: float | None
 
 
+def check_against(against: Sequence[str], allowed: Sequence[str] = AGAINST) -> None:
+    """Raises ValueError where a name is not allowed."""
+    if unknown := [name for name in against if name not in allowed]:
+        raise ValueError(f"against must be of {list(allowed)}, got {unknown}.")
+
+
 @torch.no_grad()
 def make_rivals(names: Sequence[str], model: nn.Module, batches: Sequence[Batch], threads: int) -> dict[str, Rival]:
     """The full model of a BudgetFormer classifier in other runtimes, each checked against the stock model.
 
     Args:
-        names: Of `profiling.RIVALS`. "onnx-int8" has weights in int8 and activations quantised as they come, as
+        names: Of `RIVALS`. "onnx-int8" has weights in int8 and activations quantised as they come, as
             `export_onnx` makes it; "openvino-int8" has both quantised by NNCF, calibrated on some of `batches`.
         model: A BudgetFormer classifier with a full encoder.
         batches: What it takes, on the CPU; a float32 rival must answer them as the stock model does.
@@ -138,4 +147,4 @@ def _check(name: str, answer: Answer, stock: Any, batches: Sequence[Batch]) -> f
     return same / rows if has_confidence(stock.config) else None
 
 
-__all__ = ["Rival", "make_rivals"]
+__all__ = ["AGAINST", "RIVALS", "Rival", "check_against", "make_rivals"]
