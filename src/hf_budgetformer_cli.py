@@ -221,12 +221,6 @@ def _finish(found: Any, as_json: bool, folder: str, kind: str, data: str, split:
     save_result(folder, kind, found.to_dict(), data, split, rows)
 
 
-def _training(checkpoint: str) -> dict[str, Any]:
-    """What `train` left beside a checkpoint, if anything."""
-    path = Path(checkpoint) / "budgetformer" / "training.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-
-
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Example: budgetformer train bert-base-uncased train.csv --output out --learning_rate 3e-5",
@@ -343,10 +337,11 @@ def evaluate(
     from dataclasses import replace
 
     from hf_budgetformer.tools.evaluation import evaluate_budgets
+    from hf_budgetformer.tools.results import read_training
 
     model, tokenizer = _load(checkpoint, device, budgeted=False)
     found = evaluate_budgets(model, _read(data, split, column, skip_bad), tokenizer, asked, batch_size, max_length)
-    seed = _training(checkpoint).get("arguments", {}).get("seed")
+    seed = read_training(checkpoint).get("arguments", {}).get("seed")
     found = replace(found, settings={**found.settings, "data": data, "split": split, "seed": seed})
     _finish(found, as_json, checkpoint, "evaluation", data, split, found.rows)
 
@@ -441,6 +436,7 @@ def profile(
     """Time, FLOPs, memory and, with labels, accuracy beside the stock model; after how many texts training has paid."""
     asked = _parse_budgets(budgets)
     from hf_budgetformer.tools.profiling import check_against, cost_card
+    from hf_budgetformer.tools.results import read_training
 
     others = [name.strip() for name in against.split(",")] if against else []
     try:
@@ -448,7 +444,7 @@ def profile(
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from None
     model, tokenizer = _load(checkpoint, device)
-    texts, seconds = _read(data, split, column, skip_bad, labelled=None), _training(checkpoint).get("seconds")
+    texts, seconds = _read(data, split, column, skip_bad, labelled=None), read_training(checkpoint).get("seconds")
     found = cost_card(model, texts, tokenizer, asked, batch_size, rows, repeats, max_length, seconds, energy, others)
     _finish(found, as_json, checkpoint, "costs", data, split, found.settings["rows"])
 
