@@ -600,8 +600,8 @@ def predict(
 @app.command(epilog="Example: budgetformer page out --port 8000")
 def page(
     checkpoint: Annotated[
-        str | None, typer.Argument(metavar="CHECKPOINT", help="Default: what make demo left.")
-    ] = None,
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub id of a model; make demo saves the default.")
+    ] = "demo-output",
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
     data: Annotated[
@@ -614,7 +614,7 @@ def page(
         _device_type(device)
     from hf_budgetformer.tools.page import main
 
-    main(checkpoint, host, port, device, data)
+    main(checkpoint, device, data, server_name=host, server_port=port)
 
 
 def main(arguments: list[str] | None = None) -> None:
