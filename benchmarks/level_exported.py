@@ -143,8 +143,7 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     agreement = Agreement(settings["dtype"])
     ours = ask_torch(lambda rows, size: answer_split(model, rows, size, budget=1.0), tokenizer, settings, timed)[0]
     agreement.check("ours 1", torch.from_numpy(ours), torch.from_numpy(full[: len(timed)]))
-    promise = kept_promise(model.config)
-    figures: dict[str, Any] = {"promise": None if promise is None else describe_promise(promise)}
+    figures: dict[str, Any] = {"promise": describe_promise(kept_promise(model.config)) or None}
     with TemporaryDirectory() as place:
         export_all(model, tokenizer, calibration, settings, Path(place))
         for threads in settings["threads"]:

@@ -221,12 +221,6 @@ def _finish(found: Any, as_json: bool, folder: str, kind: str, data: str, split:
     save_result(folder, kind, found.to_dict(), data, split, rows)
 
 
-def _training(checkpoint: str) -> dict[str, Any]:
-    """What `train` left beside a checkpoint, if anything."""
-    path = Path(checkpoint) / "budgetformer" / "training.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-
-
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Example: budgetformer train bert-base-uncased train.csv --output out --learning_rate 3e-5",
@@ -343,10 +337,11 @@ def evaluate(
     from dataclasses import replace
 
     from hf_budgetformer.tools.evaluation import evaluate_budgets
+    from hf_budgetformer.tools.results import read_training
 
     model, tokenizer = _load(checkpoint, device, budgeted=False)
     found = evaluate_budgets(model, _read(data, split, column, skip_bad), tokenizer, asked, batch_size, max_length)
-    seed = _training(checkpoint).get("arguments", {}).get("seed")
+    seed = read_training(checkpoint).get("arguments", {}).get("seed")
     found = replace(found, settings={**found.settings, "data": data, "split": split, "seed": seed})
     _finish(found, as_json, checkpoint, "evaluation", data, split, found.rows)
 
@@ -441,6 +436,7 @@ def profile(
     """Time, FLOPs, memory and, with labels, accuracy beside the stock model; after how many texts training has paid."""
     asked = _parse_budgets(budgets)
     from hf_budgetformer.tools.profiling import cost_card
+    from hf_budgetformer.tools.results import read_training
     from hf_budgetformer.tools.rivals import check_against
 
     others = [name.strip() for name in against.split(",")] if against else []
@@ -449,7 +445,7 @@ def profile(
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from None
     model, tokenizer = _load(checkpoint, device)
-    texts, seconds = _read(data, split, column, skip_bad, labelled=None), _training(checkpoint).get("seconds")
+    texts, seconds = _read(data, split, column, skip_bad, labelled=None), read_training(checkpoint).get("seconds")
     found = cost_card(model, texts, tokenizer, asked, batch_size, rows, repeats, max_length, seconds, energy, others)
     _finish(found, as_json, checkpoint, "costs", data, split, found.settings["rows"])
 
@@ -605,8 +601,8 @@ def predict(
 @app.command(epilog="Example: budgetformer page out --port 8000")
 def page(
     checkpoint: Annotated[
-        str | None, typer.Argument(metavar="CHECKPOINT", help="Default: what make demo left.")
-    ] = None,
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub id of a model; make demo saves the default.")
+    ] = "demo-output",
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
     data: Annotated[
@@ -619,7 +615,7 @@ def page(
         _device_type(device)
     from hf_budgetformer.tools.page import main
 
-    main(checkpoint, host, port, device, data)
+    main(checkpoint, device, data, server_name=host, server_port=port)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -417,7 +417,7 @@ def cost_card(
         "threads": torch.get_num_threads(),
         "dtype": str(ours.dtype).removeprefix("torch."),
         "against": list(dict.fromkeys(against)),
-        "promise": None if (promise := kept_promise(ours.config)) is None else describe_promise(promise),
+        "promise": describe_promise(kept_promise(ours.config)) or None,
     }
     was_training = model.training
     model.eval()

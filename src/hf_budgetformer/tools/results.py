@@ -132,6 +132,12 @@ def read_results(folder: str | Path, kind: str) -> list[Record]:
     return sorted(records, key=lambda record: (record.stale, -record.rows))
 
 
+def read_training(folder: str | Path) -> dict[str, Any]:
+    """What `train` left beside a checkpoint, if anything."""
+    path = Path(folder) / "budgetformer" / "training.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def _plain_call(folder: Path) -> dict[str, Any]:
     """What the checkpoint's configuration says of a plain call."""
     path = folder / "config.json"
@@ -149,4 +155,4 @@ def _weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["Record", "describe_looks", "read_results", "save_result", "short_name", "write_json"]
+__all__ = ["Record", "describe_looks", "read_results", "read_training", "save_result", "short_name", "write_json"]

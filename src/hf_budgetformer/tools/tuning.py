@@ -294,8 +294,10 @@ class Tuning:
         return "\n".join([*lines, f"A plain call {call}. {describe_promise(self.promise)}"])
 
 
-def describe_promise(promise: Mapping[str, Any]) -> str:
-    """What a plain call promises by `config.promise`, in words."""
+def describe_promise(promise: Mapping[str, Any] | None) -> str:
+    """What a plain call promises by `config.promise`, in words; nothing where there is none."""
+    if promise is None:
+        return ""
     level, risk = promise["level"], promise["risk"]
     texts = f"texts like the {promise['rows']:,} of the calibration"
     sure = f"with {100 * promise['confidence']:.3g}% confidence"
@@ -334,11 +336,16 @@ def decisions(logits: Any, problem_type: str | None) -> Any:
     return logits > 0 if problem_type == "multi_label_classification" else logits.argmax(-1)
 
 
-def _check_looks_twice(model: nn.Module) -> Any:
+def check_looks_twice(model: nn.Module) -> Any:
+    """Returns the model; raises ValueError unless it is a classifier with a narrow encoder beside a full one."""
     ours: Any = model
     check_classifier(model)
     if ours.narrow is None or not ours.config.full_encoder or not has_confidence(ours.config):
-        raise ValueError("model must look twice: with a narrow encoder beside a full one, and labels to choose from.")
+        config = ours.config
+        raise ValueError(
+            "model must look twice: with a narrow encoder beside a full one, and labels to choose from, got "
+            f"router={config.router!r}, full_encoder={config.full_encoder} and num_labels={config.num_labels}."
+        )
     return ours
 
 
@@ -402,7 +409,7 @@ class Calibration:
         budgets: Sequence[float],
         full: bool = True,
     ) -> None:
-        ours = _check_looks_twice(model)
+        ours = check_looks_twice(model)
         self.budgets = _check_first_looks(budgets, ours.config)
         asked = [*self.budgets, 1.0] if full else self.budgets
         answers: dict[float, list[torch.Tensor]] = {budget: [] for budget in asked}
@@ -459,7 +466,7 @@ def calibrate_margins(
     Raises:
         ValueError: The model is of another kind, the budget is none of a first look, or there is no batch.
     """
-    ours = _check_looks_twice(model)
+    ours = check_looks_twice(model)
     budget = first_look_budget(ours.config) if budget is None else budget
     ours.config.margins = Calibration(model, batches, [budget], full=False).margins(budget)
 
@@ -556,7 +563,7 @@ def tune(
     Raises:
         ValueError: An argument is not allowed, or rows are too few to show the level at all; says how many it takes.
     """
-    ours = _check_looks_twice(model)
+    ours = check_looks_twice(model)
     asked = {"disagreement": disagreement, "tolerance": tolerance, "mean_budget": mean_budget}
     named = {name: level for name, level in asked.items() if level is not None} or {"disagreement": 0.01}
     if len(named) > 1:
@@ -629,6 +636,7 @@ __all__ = [
     "apply_tuning",
     "best_looks",
     "calibrate_margins",
+    "check_looks_twice",
     "choose_looks",
     "count_passed",
     "decisions",
