@@ -192,9 +192,12 @@ def plot_gains(costs: "CostCard", path: str | Path) -> Path:
     place: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, -10), "fontsize": 7}
     for x in asked:
         axis.annotate(f"{x.asked:.3g}", (x.throughput, x.accuracy), **place)
-    for rival in costs.rivals:
-        axis.annotate(rival.name, (rival.throughput, rival.accuracy), **{**place, "xytext": (4, 5)})
+    for number, rival in enumerate(sorted(costs.rivals, key=lambda x: x.throughput)):  # neighbours one above the other
+        axis.annotate(rival.name, (rival.throughput, rival.accuracy), **{**place, "xytext": (4, 5 + 9 * (number % 2))})
     axis.set(xlabel="inputs a second", ylabel="accuracy, 95% interval", xscale="log")
+    axis.margins(x=0.1)
+    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        ticks("{x:g}")
     axis.legend(fontsize=7, loc="lower left")
     _title(figure, "What is an accuracy worth in time?", costs.settings, costs.settings.get("rows"))
     return save_figure(figure, path)
