@@ -39,6 +39,19 @@ def solve_handed(row):
     return holders[thing], links[thing]
 
 
+def solve_scattered(row):
+    """Follows the thing that is asked about from its first owner."""
+    told = rf"({ANYBODY}) (?:gives|hands|passes) the (\w+) (?:on )?to ({ANYBODY})\."
+    passes = {(giver, thing): taker for giver, thing, taker in re.findall(told, row["text"])}
+    owners = {thing: owner for owner, thing in re.findall(rf"({ANYBODY}) has the (\w+)\.", row["text"])}
+    assert len(passes) + len(owners) == 5
+    [thing] = re.fullmatch(r"Who has the (\w+) at the end\?", row["text_pair"]).groups()
+    person, links = owners[thing], 0
+    while (person, thing) in passes:
+        person, links = passes[person, thing], links + 1
+    return person, links
+
+
 def solve_reported(row):
     """Goes up from the one who is asked about; the documents of all hops say as much."""
     above = dict(re.findall(rf"({ANYBODY}) (?:reports to|works for|is led by) ({ANYBODY})\.", row["text"]))
@@ -51,7 +64,9 @@ def solve_reported(row):
     return person, links - 1
 
 
-@pytest.mark.parametrize(("task", "solve"), [("handed", solve_handed), ("reported", solve_reported)])
+@pytest.mark.parametrize(
+    ("task", "solve"), [("handed", solve_handed), ("scattered", solve_scattered), ("reported", solve_reported)]
+)
 def test_the_answer_follows_from_the_document(task, solve):
     rows = list(make_documents(task, ["some words about it.", "Other words."], 80, 0, 20))
     for row in rows:

@@ -5,8 +5,10 @@ chain tells of other people. So hops, and where the last statement stands, are k
 
 - `handed`: "Ada has the lamp", "Ada gives the lamp to Bruno", and so on, in order. "Who has the lamp?" The second chain
   is about another object and as long.
+- `scattered`: the same, in any order; the two chains have as many statements and people together whatever the hops, which
+  the question alone decides.
 - `reported`: "Ada reports to Bruno", "Bruno reports to Clara", in any order. "Who is at the top above Ada?" The two
-  chains have as many statements and people together whatever the hops, which the question alone decides.
+  chains as in `scattered`.
 """
 
 import random
@@ -40,16 +42,27 @@ class Told(NamedTuple):
     answer: str
 
 
+def _way(people: Sequence[str], thing: str, draw: random.Random) -> list[str]:
+    """How a thing went from the first of `people` to the last."""
+    links = [draw.choice(PASSES).format(giver, taker, thing) for giver, taker in pairwise(people)]
+    return [f"{people[0]} has the {thing}.", *links]
+
+
 def handed(hops: int, most_hops: int, draw: random.Random) -> Told:
     """Who has a thing that went from hand to hand."""
     people, things = draw.sample(PEOPLE, 2 * hops + 2), draw.sample(OBJECTS, 2)
-
-    def chain(people: Sequence[str], thing: str) -> list[str]:
-        links = [draw.choice(PASSES).format(giver, taker, thing) for giver, taker in pairwise(people)]
-        return [f"{people[0]} has the {thing}.", *links]
-
     own, others = people[: hops + 1], people[hops + 1 :]
-    return Told(chain(own, things[0]), chain(others, things[1]), f"Who has the {things[0]}?", own[-1])
+    ways = [_way(part, thing, draw) for part, thing in zip((own, others), things, strict=True)]
+    return Told(*ways, f"Who has the {things[0]}?", own[-1])
+
+
+def scattered(hops: int, most_hops: int, draw: random.Random) -> Told:
+    """The same, out of order."""
+    people, things = draw.sample(PEOPLE, most_hops + 2), draw.sample(OBJECTS, 2)
+    own, others = people[: hops + 1], people[hops + 1 :]
+    ways = [_way(part, thing, draw) for part, thing in zip((own, others), things, strict=True)]
+    mixed = [draw.sample(way, len(way)) for way in ways]
+    return Told(*mixed, f"Who has the {things[0]} at the end?", own[-1])
 
 
 def reported(hops: int, most_hops: int, draw: random.Random) -> Told:
@@ -64,7 +77,11 @@ def reported(hops: int, most_hops: int, draw: random.Random) -> Told:
     return Told(chain(own), chain(others), f"Who is at the top above {own[0]}?", own[-1])
 
 
-TASKS: dict[str, Callable[[int, int, random.Random], Told]] = {"handed": handed, "reported": reported}
+TASKS: dict[str, Callable[[int, int, random.Random], Told]] = {
+    "handed": handed,
+    "scattered": scattered,
+    "reported": reported,
+}
 
 
 def insert(statements: list[list[str]], paragraphs: list[str], draw: random.Random) -> tuple[str, int]:

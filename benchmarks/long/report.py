@@ -25,7 +25,7 @@ TITLES = {
     "novels_authorship": "novels",
     "contract_nli": "ContractNLI",
 }
-GENERATED = ("handed", "reported")
+GENERATED = ("handed", "scattered", "reported")
 OTHERS = {*GENERATED, "lengths"}
 WAYS = (
     "chunks", "chunks, max", "chunks, vote", "first", "ends", "chunks at 1/4", "chunks at 1/12", "chunks, looks",

@@ -25,7 +25,10 @@ CASCADES = {
     "both: a chunk at 1/4, all at 1/4, all open": [(1, 1 / 4), (None, 1 / 4), (None, 1.0)],
 }
 COSTS = (0.15, 0.25, 0.33, 0.5)
-GRID = np.concatenate([[0.0], np.linspace(0.05, 0.95, 19), [0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0]])
+# Of confidence; fine at both ends, for with many labels most margins are small.
+GRID = np.concatenate([
+    [0.0], np.linspace(0.005, 0.045, 9), np.linspace(0.05, 0.95, 19), [0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0]
+])  # fmt: skip
 
 
 class Answered(NamedTuple):
