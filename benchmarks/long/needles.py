@@ -5,8 +5,8 @@ chain tells of other people. So hops, and where the last statement stands, are k
 
 - `handed`: "Ada has the lamp", "Ada gives the lamp to Bruno", and so on, in order. "Who has the lamp?" The second chain
   is about another object and as long.
-- `scattered`: the same, in any order; the two chains have as many statements and people together whatever the hops, which
-  the question alone decides.
+- `scattered`: the same, in any order; the two chains have as many statements and people together whatever the hops,
+  which the question alone decides.
 - `reported`: "Ada reports to Bruno", "Bruno reports to Clara", in any order. "Who is at the top above Ada?" The two
   chains as in `scattered`.
 """
