@@ -202,8 +202,8 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> bool:
     kinds = {"stock": "C0", "ours": "C1", "looks": "C2", "cut": "C3"}
     for result, axis in zip(models, axes, strict=True):
         found = result["figures"][thread_counts(result)[0]]["ways"]
-        found = {name.removesuffix(" sorted"): x for name, x in found.items() if name.endswith(" sorted")} or found
-        ratios = [x["ratio_to_sorted"] or x["ratio"] for x in found.values()]
+        found = {name.removesuffix(" sorted"): x for name, x in found.items() if name.endswith(" sorted")}
+        ratios = [x["ratio_to_sorted"] for x in found.values()]
         errors = [[x["median"] - x["q1"] for x in ratios], [x["q3"] - x["median"] for x in ratios]]
         colours = [kinds.get(name.split()[0], "C4") for name in found]
         axis.barh(list(found), [x["median"] for x in ratios], xerr=errors, color=colours)

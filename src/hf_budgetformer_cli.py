@@ -576,13 +576,14 @@ def predict(
         raise typer.BadParameter("texts must be given as arguments or by --file, not both.")
     if output and not file:
         raise typer.BadParameter("--output needs --file; what comes from elsewhere is printed.")
-    if chunks not in (None, "mean", "max", "vote"):
-        raise typer.BadParameter(f"--chunks must be mean, max or vote, got {chunks!r}.")
-    if stride and chunks is None:
-        raise typer.BadParameter(f"--stride is of --chunks, got {stride} alone.")
     from hf_budgetformer.tools import prediction
+    from hf_budgetformer.tools.documents import check_chunks
     from hf_budgetformer.tools.tables import read_rows
 
+    try:
+        check_chunks(chunks, stride)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from None
     columns = _parse_pairs("--column", column)
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "budget": budget, "spent": spent}
     options["skip_bad"] = skip_bad

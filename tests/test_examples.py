@@ -53,6 +53,14 @@ def test_docstrings_are_the_same_every_time_and_without_the_rest_of_the_library(
         assert set(split["text"]) <= set(passages[name]["text"]), name
 
 
+@pytest.mark.slow
+def test_all_docstrings_are_the_same_every_time(passages):
+    again = docstrings.load_docstrings()
+    assert {name: list(split) for name, split in again.items()} == {
+        name: list(split) for name, split in passages.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def definitions():
     return retrieval.load_retrieval()

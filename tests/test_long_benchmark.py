@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from long import report, run, ways
-from long.needles import OBJECTS, PEOPLE, make_documents
+from long.needles import OBJECTS, PEOPLE, TASKS, make_documents
 from long.ways import Answered, judge, scores_of_needles
 
 
@@ -154,7 +154,7 @@ def test_a_run_trains_judges_times_and_is_told(data, tmp_path, monkeypatch):
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text(
-        "".join(f"<!-- [start:{x}] -->\n<!-- [end:{x}] -->\n" for x in ("ways", "worth", *report.GENERATED, "lengths"))
+        "".join(f"<!-- [start:{x}] -->\n<!-- [end:{x}] -->\n" for x in ("ways", "worth", *TASKS, "lengths"))
     )
     (tmp_path / "results").mkdir()
     run.write(tmp_path / "results", "tiny", 0, settings, 1, found)

@@ -42,27 +42,27 @@ class Told(NamedTuple):
     answer: str
 
 
-def _way(people: Sequence[str], thing: str, draw: random.Random) -> list[str]:
-    """How a thing went from the first of `people` to the last."""
-    links = [draw.choice(PASSES).format(giver, taker, thing) for giver, taker in pairwise(people)]
-    return [f"{people[0]} has the {thing}.", *links]
+def _ways(hops: int, people: Sequence[str], draw: random.Random) -> Told:
+    """Who has a thing that went through so many hands of `people`, in order; the others hand on another."""
+    things, own = draw.sample(OBJECTS, 2), people[: hops + 1]
+
+    def way(people: Sequence[str], thing: str) -> list[str]:
+        links = [draw.choice(PASSES).format(giver, taker, thing) for giver, taker in pairwise(people)]
+        return [f"{people[0]} has the {thing}.", *links]
+
+    return Told(way(own, things[0]), way(people[hops + 1 :], things[1]), f"Who has the {things[0]}?", own[-1])
 
 
 def handed(hops: int, most_hops: int, draw: random.Random) -> Told:
     """Who has a thing that went from hand to hand."""
-    people, things = draw.sample(PEOPLE, 2 * hops + 2), draw.sample(OBJECTS, 2)
-    own, others = people[: hops + 1], people[hops + 1 :]
-    ways = [_way(part, thing, draw) for part, thing in zip((own, others), things, strict=True)]
-    return Told(*ways, f"Who has the {things[0]}?", own[-1])
+    return _ways(hops, draw.sample(PEOPLE, 2 * hops + 2), draw)
 
 
 def scattered(hops: int, most_hops: int, draw: random.Random) -> Told:
     """The same, out of order."""
-    people, things = draw.sample(PEOPLE, most_hops + 2), draw.sample(OBJECTS, 2)
-    own, others = people[: hops + 1], people[hops + 1 :]
-    ways = [_way(part, thing, draw) for part, thing in zip((own, others), things, strict=True)]
-    mixed = [draw.sample(way, len(way)) for way in ways]
-    return Told(*mixed, f"Who has the {things[0]} at the end?", own[-1])
+    told = _ways(hops, draw.sample(PEOPLE, most_hops + 2), draw)
+    own, others = (draw.sample(way, len(way)) for way in (told.own, told.others))
+    return Told(own, others, told.question.replace("?", " at the end?"), told.answer)
 
 
 def reported(hops: int, most_hops: int, draw: random.Random) -> Told:
@@ -78,9 +78,7 @@ def reported(hops: int, most_hops: int, draw: random.Random) -> Told:
 
 
 TASKS: dict[str, Callable[[int, int, random.Random], Told]] = {
-    "handed": handed,
-    "scattered": scattered,
-    "reported": reported,
+    task.__name__: task for task in (handed, scattered, reported)
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from long.needles import TASKS
 from measure import fill, table
 
 from hf_budgetformer.tools.plots import new_figure, save_figure
@@ -25,8 +26,7 @@ TITLES = {
     "novels_authorship": "novels",
     "contract_nli": "ContractNLI",
 }
-GENERATED = ("handed", "scattered", "reported")
-OTHERS = {*GENERATED, "lengths"}
+OTHERS = {*TASKS, "lengths"}
 WAYS = (
     "chunks", "chunks, max", "chunks, vote", "first", "ends", "chunks at 1/4", "chunks at 1/12", "chunks, looks",
     "first, looks", "ends, looks", "width: all chunks at 1/12, then open", "width: all chunks at 1/4, then open",
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = options.page.read_text()
     text = fill(text, "ways", documents_table(results))
     text = fill(text, "worth", width_or_length(results))
-    for name in GENERATED:
+    for name in TASKS:
         if name in results:
             text = fill(text, name, needles_table(results[name]))
     if "lengths" in results:

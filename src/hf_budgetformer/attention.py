@@ -138,9 +138,9 @@ def attend_packed(
         asking, asked = (slice(sequence, sequence + count), 1) if first else (places, length)
         q = parts[0][asking].unflatten(0, (count, asked)).transpose(1, 2)  # (count, h, asked, d)
         k, v = (x[places].unflatten(0, (count, length)).transpose(1, 2) for x in parts[1:])
-        if first or reach.sees_all(length, first):
-            seen = slice(skipped, None if reach.sees_all(length, first) else reach.window + 1)  # type: ignore[operator]
-            part = F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], dropout_p=dropout)
+        last = None if reach.window is None or reach.sees_all(length, first) else reach.window + 1
+        if first or last is None:
+            part = F.scaled_dot_product_attention(q, k[:, :, skipped:last], v[:, :, skipped:last], dropout_p=dropout)
         else:
             part = attend_band(q, k, v, reach, skipped, dropout)
         contexts.append(part.transpose(1, 2).reshape(count * asked, -1))  # (count * asked, h * d)

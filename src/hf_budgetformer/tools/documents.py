@@ -105,9 +105,11 @@ def keep_ends(columns: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBa
     return {name: found[name] for name in tokenizer.model_input_names if name in found}
 
 
-def check_chunks(pooling: str, stride: int) -> None:
-    """Raises ValueError where documents cannot be read that way."""
-    if pooling not in POOLINGS:
+def check_chunks(pooling: str | None, stride: int) -> None:
+    """Raises ValueError where documents cannot be read that way; None: not in chunks."""
+    if pooling is None and stride:
+        raise ValueError(f"stride must be 0 without chunks, got {stride!r}.")
+    if pooling is not None and pooling not in POOLINGS:
         raise ValueError(f"chunks must be one of {list(POOLINGS)}, got {pooling!r}.")
     if not isinstance(stride, int) or stride < 0:
         raise ValueError(f"stride must be an integer >= 0, got {stride!r}.")

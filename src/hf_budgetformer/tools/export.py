@@ -68,9 +68,9 @@ class TracedModel(nn.Module):
         self.check(OnnxGraph(path))
 
     def _trace(self) -> Any:
-        example = self.make_inputs(_TRACED)
         import onnxscript.optimizer
 
+        example = self.make_inputs(_TRACED)
         axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
         with torch.no_grad():
             program: Any = torch.onnx.export(

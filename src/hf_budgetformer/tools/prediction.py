@@ -66,10 +66,7 @@ def predict(
         ValueError: An argument is not allowed, or a row is broken.
     """
     check_batch_size(batch_size)
-    if chunks is not None:
-        check_chunks(chunks, stride)
-    elif stride:
-        raise ValueError(f"stride must be 0 without chunks, got {stride!r}.")
+    check_chunks(chunks, stride)
     if budget is not None and not is_share(budget):
         raise ValueError(f"budget must be a float in (0, 1], got {budget!r}.")
     if budget is not None or spent:
