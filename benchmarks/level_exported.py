@@ -25,7 +25,7 @@ from hf_budgetformer.tools.checkpoints import load_classifier
 from hf_budgetformer.tools.looks_export import export_looks
 from hf_budgetformer.tools.narrowing import stock_model
 from hf_budgetformer.tools.rivals import RIVALS
-from hf_budgetformer.tools.tuning import describe_promise, kept_promise
+from hf_budgetformer.tools.tuning import describe_promise, kept_promise, tune
 
 
 SETTINGS: dict[str, Any] = {
@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 32,
     "trained_rows": 0,  # of the shuffled training rows, which the checkpoint was trained on; those after calibrate
     "calibration_rows": 2000,
+    "disagreement": 0.0,  # that looks are tuned for on the calibration rows; 0: they are those of the checkpoint
     "test_rows": 2000,
     "timed_rows": 512,
     "graphs": ["onnx-int8", "openvino", "openvino-int8"],
@@ -132,6 +133,8 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
         raise SystemExit(f"graphs must be of {list(RIVALS)}, got {unknown}.")
     calibration, test, data = read_rows(options.data, settings["data"], settings)
     model, tokenizer = load_classifier(str(options.checkpoints / settings["data"]), budgeted=True, device="cpu")
+    if settings["disagreement"]:
+        tune(model, calibration, tokenizer, settings["disagreement"], max_length=settings["max_length"])
     stock = stock_model(model)
     of_torch: dict[str, Way] = {
         STOCK: partial(ask_torch, partial(answer_split, stock), tokenizer, settings),

@@ -31,7 +31,7 @@ def pull(task):
     auto_classes = {"config": AutoConfig, "base": AutoModel, "classifier": AutoModelForSequenceClassification}
     report = {"importable": is_importable(), "refusals": {}, "loaded": {}}
     modules = Path(task["modules"])
-    for source in task["sources"]:
+    for source in set(task["sources"]) - set(task["sources"].values()):  # what this process saves is not there yet
         for name, auto_class in auto_classes.items():
             try:
                 report["refusals"][source, name] = f"loaded a {type(auto_class.from_pretrained(source)).__name__}"

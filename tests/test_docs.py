@@ -109,9 +109,16 @@ def test_the_readmes_links_lead_somewhere(target):
     assert (ROOT / target).exists()
 
 
-# Start's are run with its shell blocks, further down. The warning is of peft, which asks by an old name.
+def pages_of_python():
+    """Start's blocks are run with its shell blocks, further down; to export takes the graphs of two encoders."""
+    for name, page in PAGES.items():
+        if blocks(page, "python") and name != "start.md":
+            yield pytest.param(name, marks=[pytest.mark.slow] if "export_looks" in page else [])
+
+
+# The warning is of peft, which asks by an old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", [x for x, page in PAGES.items() if blocks(page, "python") and x != "start.md"])
+@pytest.mark.parametrize("name", pages_of_python())
 def test_the_python_blocks_of_a_page_run_after_the_five_lines(name, five_lines):
     run_python(name, blocks(PAGES[name], "python"), {**five_lines, "model": copy.deepcopy(five_lines["model"])})
 

@@ -65,7 +65,8 @@ def measured(tmp_path, texts, tokenizer, monkeypatch):
 
 @pytest.mark.slow
 def test_exported_looks_are_measured_beside_the_stock_model_and_reported(measured, tmp_path):
-    result = measured("--checkpoints", str(tmp_path / "models"))
+    result = measured("--checkpoints", str(tmp_path / "models"), disagreement=0.8)
+    assert "at most 80%" in result["figures"]["promise"]
     found = result["figures"]["1"]
     assert list(found) == WAYS
     for name in WAYS:
@@ -86,4 +87,4 @@ def test_what_is_missing_is_named(measured, tmp_path):
         measured("--checkpoints", str(tmp_path / "models"), graphs=["tvm"])
     with pytest.raises(SystemExit, match=r"there is no ag_news/train.parquet in it"):
         measured("--checkpoints", str(tmp_path / "models"), data="ag_news")
-    assert set(level_exported.SETTINGS) <= set(SETTINGS) | {"trained_rows"}
+    assert set(level_exported.SETTINGS) <= set(SETTINGS) | {"trained_rows", "disagreement"}
