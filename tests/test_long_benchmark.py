@@ -109,6 +109,8 @@ def test_ways_are_judged_by_what_they_answer_and_cost():
     cascade = found["width: all chunks at 1/12, then open"]
     assert 1 / 12 < cascade["cost"] < 1.0 + 1 / 12
     assert all(way["cost"] <= 0.5 + 0.1 for way in found["at_cost"]["0.5"].values())
+    best = found["looks, 0.5 of the work"]
+    assert {x: best[x] for x in ("accuracy", "agreement", "cost")} == found["at_cost"]["0.5"][best["kind"]]
 
 
 def test_what_is_spent_is_held_against_hops():

@@ -190,12 +190,12 @@ def plot(path: Path, folder: Path = HERE / "results") -> bool:
             accuracies.append(100 * np.mean(lost))
         for axis, values in zip(axes, (agreements, accuracies), strict=True):
             axis.plot(times, values, style, color=colour, label=label)
-    axes[0].set(title="Same answer as the full model", ylabel="% of the inputs", xlabel="time / full model's")
-    axes[1].set(title="Accuracy", ylabel="points beside the full model", xlabel="time / full model's")
+    axes[0].set(title="Same answer as the full model", ylabel="% of the inputs", xlabel="time / our full model's")
+    axes[1].set(title="Accuracy", ylabel="points beside the full model", xlabel="time / our full model's")
     for axis, level in zip(axes, (100.0, 0.0), strict=True):
         axis.axhline(level, color="black", linewidth=0.8)
         axis.set_xlim(0.0, None)
-    axes[1].legend(loc="lower right", fontsize=8)
+    axes[0].legend(loc="lower right", fontsize=8)
     save_figure(figure, path)
     return True
 

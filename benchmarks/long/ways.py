@@ -129,15 +129,25 @@ def judge(calibration: Answered, test: Answered) -> dict[str, Any]:
         looks = {"chunk_looks": [budget, 1.0], "thresholds": [float(threshold)], "of": of}
         add(f"{of}, looks", test.looked(budget, threshold, of), **looks)
     at_cost: dict[str, Any] = {f"{cost}": {} for cost in COSTS}
+    chosen: dict[float, tuple[float, float, str, Any]] = {}  # of each cost: agreement and cost on calibration rows
     for name, looks in CASCADES.items():
         tried = {x: calibration.through(looks, x) for x in _thresholds(looks)}
         thresholds = _cheapest(tried, reference["calibration"])
         add(name, test.through(looks, thresholds), looks=looks, thresholds=list(map(float, thresholds)))
         for cost in COSTS:  # the thresholds of that cost that agree most on calibration rows
-            paid = {x: found for x, found in tried.items() if found[1].mean() <= cost}
+            paid = {
+                x: (float((answers == reference["calibration"]).mean()), float(spent.mean()))
+                for x, (answers, spent) in tried.items()
+                if spent.mean() <= cost
+            }
             if paid:
-                best = max(paid, key=lambda x: ((paid[x][0] == reference["calibration"]).mean(), paid[x][1].mean()))
+                best = max(paid, key=lambda x: paid[x])
                 at_cost[f"{cost}"][name] = _score(*test.through(looks, best), test, reference["test"])
+                chosen[cost] = max(chosen.get(cost, (0.0, 0.0, "", ())), (*paid[best], name, best))
+    for cost, (_, _, name, thresholds) in chosen.items():
+        looks = CASCADES[name]
+        found = test.through(looks, thresholds)
+        add(f"looks, {cost} of the work", found, looks=looks, thresholds=list(map(float, thresholds)), kind=name)
     return {**ways, "at_cost": at_cost}
 
 
