@@ -195,7 +195,7 @@ def plot(path: Path, folder: Path = HERE / "results") -> bool:
     for axis, level in zip(axes, (100.0, 0.0), strict=True):
         axis.axhline(level, color="black", linewidth=0.8)
         axis.set_xlim(0.0, None)
-    axes[0].legend(loc="lower right", fontsize=8)
+    axes[1].legend(loc="center left", fontsize=8)
     save_figure(figure, path)
     return True
 
