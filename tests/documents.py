@@ -32,7 +32,7 @@ def use_stand_ins(monkeypatch, folder, texts, tokenizer):
     STOCK["bert"][1](stock_config("bert")).save_pretrained(folder / "me/my-encoder")
     rows = texts.filter(lambda row: row["label"] < 2).rename_column("text", "sentence")
     rows = rows.cast_column("label", ClassLabel(names=["negative", "positive"]))
-    many = concatenate_datasets([rows] * 30)  # as many as it takes to tell half a point
+    many = concatenate_datasets([rows] * 12)  # as many as it takes to promise 1%
     monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict(train=rows, validation=many))
     for published in (BudgetFormerPreTrainedModel, PreTrainedTokenizerBase):
         monkeypatch.setattr(published, "push_to_hub", lambda self, name: self.save_pretrained(name))

@@ -111,9 +111,8 @@ def test_the_readmes_links_lead_somewhere(target):
 
 def pages_of_python():
     """Start's blocks are run with its shell blocks, further down; to export takes the graphs of two encoders."""
-    for name, page in PAGES.items():
-        if blocks(page, "python") and name != "start.md":
-            yield pytest.param(name, marks=[pytest.mark.slow] if "export_looks" in page else [])
+    names = [name for name, page in PAGES.items() if blocks(page, "python") and name != "start.md"]
+    return [pytest.param(x, marks=[pytest.mark.slow] if "export_looks" in PAGES[x] else []) for x in names]
 
 
 # The warning is of peft, which asks by an old name.
