@@ -75,18 +75,21 @@ def documents_table(results: dict[str, list[dict[str, Any]]]) -> str:
             f"{size['tokens']['q3']:.0f}), "
             f"{size['chunks']:.1f} chunks each; trained on {size['rows']['train']}; seeds: {len(runs)}.\n\n"
         )
-        rows = [["TF-IDF and a linear SVM", _show(mean(runs, "svm", "accuracy"), ".1%"), "-", "-", "-"]]
+        rows = [["TF-IDF and a linear SVM", _show(mean(runs, "svm", "accuracy"), ".1%"), *["-"] * 5]]
         for way in WAYS:
             if way not in runs[0]["ways"]:
                 continue
             figures = [mean(runs, "ways", way, x) for x in ("accuracy", "agreement", "cost")]
-            seconds = mean(runs, "timing", way, "of_chunks", "median")
-            rows.append([way, *(_show(x, ".1%") for x in figures[:2]), _show(figures[2], ".2f"), _show(seconds, ".2f")])
+            share, seconds = (mean(runs, "timing", way, x, "median") for x in ("of_chunks", "seconds"))
+            rate, held = None if seconds is None else 1.0 / seconds, mean(runs, "timing", way, "mib")
+            cells = [*(_show(x, ".1%") for x in figures[:2]), *(_show(x, ".2f") for x in (figures[2], share, rate))]
+            rows.append([way, *cells, _show(held, ".0f")])
         for positions, way in product(("tiled", "interpolated"), ("chunks", "chunks at 1/4", "chunks, looks")):
             if (accuracy := mean(runs, "long", positions, way, "accuracy")) is not None:
                 told = way.replace("chunks", f"whole documents, positions {positions}")
-                rows.append([told, _show(accuracy, ".1%"), "-", "-", "-"])
-        text += table(["way", "accuracy", "agreement", "work", "time"], rows)
+                rows.append([told, _show(accuracy, ".1%"), *["-"] * 5])
+        head = ["way", "accuracy", "agreement", "work", "time", "documents a second", "MiB"]
+        text += table(head, rows)
     return text
 
 

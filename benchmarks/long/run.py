@@ -44,7 +44,7 @@ BUDGETS = (1.0, 1 / 4, 1 / 6, 1 / 12)
 BATCH = 16
 ROUNDS = 3
 # Documents that are timed, at most.
-TIMED = 48
+TIMED = 32
 
 
 def read_documents(folder: Path, name: str, own: dict[str, Any]) -> dict[str, Dataset]:
@@ -166,7 +166,7 @@ def answers_of(model: Any, tokenizer: Any, rows: Dataset, length: int, target: P
 
 
 def time_ways(model: Any, tokenizer: Any, rows: Dataset, length: int, found: dict[str, Any]) -> dict[str, Any]:
-    """Seconds a document of each way, in turn."""
+    """Seconds a document of each way, in turn, and the most memory that weights and a batch hold."""
     some = rows.take(min(TIMED, len(rows)))
     columns = some.remove_columns("label")[:]
     chunks, ends = split_documents(columns, tokenizer, length), keep_ends(columns, tokenizer, length)
@@ -174,33 +174,36 @@ def time_ways(model: Any, tokenizer: Any, rows: Dataset, length: int, found: dic
 
     def through(part: Chunks, looks: list[Any], thresholds: list[float]) -> Any:
         steps = [DocumentLook(count, budget) for count, budget in looks]
-        return stopwatch(lambda: answer_documents(model, part, tokenizer, BATCH, looks=steps, thresholds=thresholds))
+        return lambda: answer_documents(model, part, tokenizer, BATCH, looks=steps, thresholds=thresholds)
 
     def per_chunk(part: Chunks, looks: list[float], thresholds: list[float]) -> Any:
         def run() -> None:
             model.config.looks, model.config.confidence = looks, thresholds
             answer_documents(model, part, tokenizer, BATCH)
 
-        return stopwatch(run)
+        return run
 
     both = Chunks(ends, np.arange(len(some)))
     ways = {"chunks": through(chunks, [(None, 1.0)], []), "first": through(first, [(None, 1.0)], [])}
     ways["ends"] = through(both, [(None, 1.0)], [])
     ways["chunks at 1/4"] = through(chunks, [(None, 1 / 4)], [])
     for name, way in found.items():
-        if "looks" in way:
+        if "kind" in way:  # the best looks of that work; other cascades are told by what they cost
             ways[name] = through(chunks, way["looks"], way["thresholds"])
         elif "chunk_looks" in way:
             part = {"chunks": chunks, "first": first, "ends": both}[way["of"]]
             ways[name] = per_chunk(part, way["chunk_looks"], way["thresholds"])
-    times = interleave(ways, ROUNDS)
-    return {
-        name: {
+    times = interleave({name: stopwatch(way) for name, way in ways.items()}, ROUNDS)
+    timing = {}
+    for name, own in times.items():
+        with HeldMemory([*model.parameters(), *model.buffers()]) as held:
+            ways[name]()
+        timing[name] = {
             "seconds": spread([x / len(some) for x in own]),
             "of_chunks": spread([x / whole for x, whole in zip(own, times["chunks"], strict=True)]),
+            "mib": held.peak / 2**20,
         }
-        for name, own in times.items()
-    }
+    return timing
 
 
 def run_documents(name: str, options: argparse.Namespace, settings: dict[str, Any], seed: int) -> dict[str, Any]:
