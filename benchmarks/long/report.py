@@ -174,7 +174,8 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.set(xlabel="work, share of all chunks at full width", title=TITLES.get(name, name))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("same answer as all chunks at full width, %")
-    axes[-1].legend(fontsize=8)
+    kinds = {label: mark for axis in axes for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[-1].legend(kinds.values(), kinds.keys(), fontsize=8)
     save_figure(figure, path)
 
 
