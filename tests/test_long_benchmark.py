@@ -151,6 +151,7 @@ def test_a_run_trains_judges_times_and_is_told(data, tmp_path, monkeypatch):
     found = run.run_documents("tiny", options, settings, 0)
     assert found["ways"]["chunks"]["agreement"] == 1.0
     assert found["timing"]["chunks"]["of_chunks"]["median"] == 1.0
+    assert 0.0 <= found["long"]["interpolated, untrained"]["accuracy"] <= 1.0
     assert found["long"]["tiled"]["chunks"]["cost"] == found["long"]["interpolated"]["chunks"]["cost"] == 1.0
     assert 0.0 <= found["svm"]["accuracy"] <= 1.0
     page = tmp_path / "docs" / "page.md"

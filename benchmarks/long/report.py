@@ -84,10 +84,12 @@ def documents_table(results: dict[str, list[dict[str, Any]]]) -> str:
             rate, held = None if seconds is None else 1.0 / seconds, mean(runs, "timing", way, "mib")
             cells = [*(_show(x, ".1%") for x in figures[:2]), *(_show(x, ".2f") for x in (figures[2], share, rate))]
             rows.append([way, *cells, _show(held, ".0f")])
-        for positions, way in product(("tiled", "interpolated"), ("chunks", "chunks at 1/4", "chunks, looks")):
-            if (accuracy := mean(runs, "long", positions, way, "accuracy")) is not None:
-                told = way.replace("chunks", f"whole documents, positions {positions}")
-                rows.append([told, _show(accuracy, ".1%"), *["-"] * 5])
+        whole = ("untrained", "chunks", "chunks at 1/4", "chunks, looks")
+        for positions, way in product(("tiled", "interpolated"), whole):
+            path = (f"{positions}, untrained",) if way == "untrained" else (positions, way)
+            if (accuracy := mean(runs, "long", *path, "accuracy")) is not None:
+                told = way.replace("chunks", "whole documents").replace("untrained", "whole documents, untrained")
+                rows.append([f"{told}, positions {positions}", _show(accuracy, ".1%"), *["-"] * 5])
         head = ["way", "accuracy", "agreement", "work", "time", "documents a second", "MiB"]
         text += table(head, rows)
     return text

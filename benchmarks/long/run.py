@@ -9,6 +9,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -245,30 +246,34 @@ def interpolated(start: str, folder: Path, length: int) -> str:
 
 
 def run_long(rows: dict[str, Dataset], work: Path, settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Models of all the document at once, their position tables extended in both ways."""
+    """Models of all the document at once, their position tables extended in both ways: as they are, and trained."""
     length = settings["long"]
     start = str(work / "start" if "start" in own else work / "chunk" / "teacher")
     found: dict[str, Any] = {"trained_on": own["long"]}
+    labels = {split: np.array(rows[split]["label"]) for split in ("calibration", "test")}
+
+    def logits_of(model: Any, tokenizer: Any, split: str, target: Path, budgets: Sequence[float]) -> Any:
+        if not target.exists():
+            inputs = tokenized(rows[split].remove_columns("label")[:], tokenizer, length)
+            np.savez(target, **{f"{b:.6f}": ask(model, inputs, tokenizer, b) for b in budgets})
+        kept = np.load(target)
+        return {b: kept[f"{b:.6f}"] for b in budgets}
+
     for way in ("tiled", "interpolated"):
-        folder = train(
-            start if way == "tiled" else interpolated(start, work / "start-interpolated", length),
-            rows["train"].take(own["long"]),
-            work / f"long-{way}",
-            settings,
-            {**own, "batch_size": 4, "epochs": 1},
-            max_length=length,
-            max_position_embeddings=length,
-        )
+        begin = start if way == "tiled" else interpolated(start, work / "start-interpolated", length)
+        plain: Any = BudgetFormerForSequenceClassification.from_pretrained(begin, max_position_embeddings=length)
+        answers = logits_of(plain.eval(), load_tokenizer(), "test", work / f"long-{way}-plain.npz", [1.0])[1.0]
+        found[f"{way}, untrained"] = {"accuracy": float((answers.argmax(-1) == labels["test"]).mean())}
+        if not own["long"]:
+            continue
+        some, more = rows["train"].take(own["long"]), {"max_length": length, "max_position_embeddings": length}
+        folder = train(begin, some, work / f"long-{way}", settings, {**own, "batch_size": 4, "epochs": 1}, **more)
         model, tokenizer = load_classifier(str(folder), budgeted=True, device="cpu")
         parts = {}
         for split in ("calibration", "test"):
-            target = work / f"long-{way}-{split}.npz"
-            if not target.exists():
-                inputs = tokenized(rows[split].remove_columns("label")[:], tokenizer, length)
-                np.savez(target, **{f"{b:.6f}": ask(model, inputs, tokenizer, b) for b in BUDGETS})
-            kept, count = np.load(target), len(rows[split])
-            logits, ones = {b: kept[f"{b:.6f}"] for b in BUDGETS}, np.ones(count, dtype=np.int64)
-            parts[split] = Answered(logits, logits, np.arange(count), ones, ones, np.array(rows[split]["label"]))
+            logits = logits_of(model, tokenizer, split, work / f"long-{way}-{split}.npz", BUDGETS)
+            count, ones = len(rows[split]), np.ones(len(rows[split]), dtype=np.int64)
+            parts[split] = Answered(logits, logits, np.arange(count), ones, ones, labels[split])
         found[way] = judge(parts["calibration"], parts["test"])
     return found
 
