@@ -251,7 +251,7 @@ def script_of_start(port):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the page uses curl")
 def test_following_start_in_an_empty_folder_ends_at_a_served_model(tmp_path, monkeypatch):
     monkeypatch.setattr(loopback_hub, "LARGEST_UPLOAD", 2**28)
@@ -277,7 +277,7 @@ def test_following_start_in_an_empty_folder_ends_at_a_served_model(tmp_path, mon
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=1500,
+            timeout=3000,
         )
         assert run.returncode == 0, run.stdout
         published = hub.files(f"{hub.user}/my-budgetformer")
