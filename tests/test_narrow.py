@@ -14,7 +14,7 @@ from hf_budgetformer.narrow import Importance, NarrowLayer, first_outputs, from_
 from hf_budgetformer.packing import PaddedBatch, find_packing
 
 
-# Of the largest logit; in bfloat16 five steps between the numbers around 1, for one in ten thousand batches takes three.
+# Of the largest logit; in bfloat16 five steps between numbers around 1, for one in ten thousand batches takes three.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 KINDS = {
     "norm_after": {},
