@@ -236,7 +236,7 @@ def test_the_configuration_table_is_complete_and_true():
 def script_of_start(port):
     """The page's blocks in one shell script, as a reader with two terminals would run them.
 
-    Without README's five lines, which end it: they want a model and data of the Hub, and run with their stand-ins above.
+    Without README's five lines, which end it: they want a model and data of the Hub, and run with stand-ins above.
     """
     parts = ["set -eu"]
     for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", PAGES["start.md"], flags=re.DOTALL | re.MULTILINE):
