@@ -1,6 +1,6 @@
 """How alike the similarities of a narrow encoder are to the full one's, on docstrings of the standard library.
 
-Trains as `examples/embed.py` does, on more texts. Takes an hour on one core; nothing is timed.
+Trains as `examples/embed.py` does, on more texts; nothing is timed.
 """
 
 import argparse
