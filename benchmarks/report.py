@@ -50,7 +50,7 @@ def made_with(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["packages"].items() if number)
     commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
     return (
-        f"{machine['cpu']}, {machine['cores']} cores; {versions}; commit {commit}; load at the start "
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']}; {versions}; commit {commit}; load at the start "
         f"{machine['load_average']:.1f}"
     )
 

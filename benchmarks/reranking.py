@@ -39,7 +39,8 @@ SETTINGS: dict[str, Any] = {
     "max_length": 64,
     "candidates": 100,  # of each query, the best by BM25; the answer takes the last place where BM25 misses it
     "train_queries": 2500,
-    "hard_negatives": 2,  # of each query, drawn from the best 20 by BM25
+    "hard_negatives": 2,  # of each query, drawn from so many of the best by BM25
+    "drawn_from": 100,
     "batch_size": 16,
     "epochs": 1,
     "learning_rate": 1e-4,
@@ -85,7 +86,7 @@ def train_stock(settings: dict[str, Any], searches: Searches, folder: Path) -> N
     draw = random.Random(settings["seed"])
     rows: dict[str, list[Any]] = {"query": [], "passage": [], "label": []}
     for query, candidates, relevant in zip(*searches, strict=True):
-        wrong = [number for number in range(min(20, len(candidates))) if number not in relevant]
+        wrong = [number for number in range(min(settings["drawn_from"], len(candidates))) if number not in relevant]
         for number in [*relevant, *draw.sample(wrong, settings["hard_negatives"])]:
             rows["query"].append(query)
             rows["passage"].append(candidates[number])
