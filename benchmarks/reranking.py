@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accuracy.fits import fit
 from datasets import Dataset
-from inputs import keep_quiet, minilm
+from inputs import checkpoint, keep_quiet
 from measure import ROOT, environment, interleave, ratio, read_filled, show_ratio, spread, stopwatch, table
 from transformers import AutoTokenizer
 
@@ -82,7 +82,6 @@ def train_stock(settings: dict[str, Any], searches: Searches, folder: Path) -> N
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 
-    base = minilm() if settings["model"] == "minilm" else settings["model"]
     draw = random.Random(settings["seed"])
     rows: dict[str, list[Any]] = {"query": [], "passage": [], "label": []}
     for query, candidates, relevant in zip(*searches, strict=True):
@@ -91,7 +90,7 @@ def train_stock(settings: dict[str, Any], searches: Searches, folder: Path) -> N
             rows["query"].append(query)
             rows["passage"].append(candidates[number])
             rows["label"].append(float(number in relevant))
-    model = CrossEncoder(base, num_labels=1, max_length=settings["max_length"], device="cpu")
+    model = CrossEncoder(checkpoint(settings["model"]), num_labels=1, max_length=settings["max_length"], device="cpu")
     arguments = CrossEncoderTrainingArguments(
         str(folder.with_name("trainer")),
         num_train_epochs=settings["epochs"],
