@@ -77,6 +77,18 @@ def test_every_method_is_trained_scored_and_told(data, tmp_path):
     assert found["full"]["0"]["agreement"] == found["full"]["0"]["cost"] == 1.0
     assert "| looks 0.25 against static 1/4 |" in report.tables(results)
     assert report.plot(tmp_path / "accuracy.png", results)
+    # The results stand without their folder, and another seed from another folder joins them.
+    before = json.loads((results / "summary.json").read_text())
+    other = tmp_path / "other"
+    arguments = ["--methods", "narrow", "--seeds", "1"]
+    run.main(["--settings", str(path), "--data", str(data), "--work", str(other), *arguments])
+    figures.main(["--settings", str(path), "--work", str(other), "--output", str(results)])
+    found = json.loads((results / "tiny.json").read_text())
+    assert found["results"]["constant 1/4"].keys() == found["runs"].keys() == {"0", "1"}
+    assert found["results"]["static 1/4"].keys() == {"0"}
+    after = json.loads((results / "summary.json").read_text())
+    assert after["pairs"]["looks 0.25 - full"]["runs"] == 2
+    assert after["pairs"]["looks 0.25 - static 1/4"] == before["pairs"]["looks 0.25 - static 1/4"]
 
 
 def made_up(rows=400, seed=0):
@@ -124,9 +136,26 @@ def test_the_interval_holds_the_mean_in_95_of_100_draws():
     draw = np.random.default_rng(0)
     held = 0
     for seed in range(200):
-        low, high = figures.interval([draw.choice([-1, 0, 1], 300, p=[0.05, 0.85, 0.1]) for _ in range(3)], seed)
+        low, high = figures.interval([draw.multinomial(300, [0.05, 0.85, 0.1], 1) for _ in range(3)], seed)
         held += low <= 5.0 <= high
     assert held >= 180
+
+
+def test_means_are_over_seeds_then_data_sets_and_seeds_of_the_same_rows_make_no_interval_narrower():
+    better = {"accuracy": [0, 90, 10], "agreement": [0, 80, 20]}
+    worse = {"accuracy": [10, 90, 0], "agreement": [0, 100, 0]}
+    found = {"a": {"pairs": {"x - y": {"0": better, "1": better}}}, "b": {"pairs": {"x - y": {"0": worse}}}}
+    entry = figures.compare("x - y", found)
+    assert (entry["runs"], entry["data_sets"], entry["accuracy"], entry["agreement"]) == (3, 2, 0.0, 10.0)
+    once = figures.compare("x - y", {"a": {"pairs": {"x - y": {"0": better}}}, "b": found["b"]})
+    for kind in ("accuracy_interval", "agreement_interval"):
+        assert entry[kind] == once[kind]
+    assert figures.compare("y - x", {"c": {"pairs": {}}}) is None
+
+
+def test_a_seed_that_is_scored_again_takes_the_place_of_what_was_said_of_it():
+    kept = {"gone": {"0": 1}, "stays": {"0": 1, "1": 2}}
+    assert figures.replace_seed(kept, 0, {"stays": 3, "new": 4}) == {"stays": {"0": 3, "1": 2}, "new": {"0": 4}}
 
 
 def test_opening_orders_name_every_unit_once():

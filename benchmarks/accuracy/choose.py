@@ -89,7 +89,7 @@ def main() -> None:
     for name in options.data_sets:
         limits = {"calibration": settings["calibration_rows"], "test": settings["test_rows"]}
         rows = read_rows(options.data, name, {**limits, **settings["data"][name]})
-        folder = options.work / name / "full"
+        folder = options.work / f"{name}-0" / "full"
         logits = np.load(folder / "logits.npz")
         full, labels = logits["calibration"], np.array(rows.calibration["labels"])
         for trial in options.trials:

@@ -1,9 +1,11 @@
-"""Figures of what run.py left in its work folder: results/<data set>.json, and the means over all with intervals."""
+"""Figures of what run.py left in its work folder, added to results/<data set>.json; the means of all with intervals.
+
+Results hold all that the means need, so that seeds may come from different folders, machines and days.
+"""
 
 import argparse
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,9 @@ def margin(logits: np.ndarray) -> np.ndarray:
     return confidence(torch.from_numpy(logits), None).numpy()
 
 
-def stem(method: str, seed: int | str) -> str:
-    """Name, without its ending, of the file in which run.py keeps what a method answered; "*" for all seeds."""
-    return f"{method.replace(' ', '-').replace('/', '_')}-{seed}"
+def stem(method: str) -> str:
+    """Name, without its ending, of the file in which run.py keeps what a method answered."""
+    return method.replace(" ", "-").replace("/", "_")
 
 
 class Run:
@@ -166,32 +168,31 @@ class Times:
         return self.constant(budget) + share * self.second_look()
 
 
-def read_runs(work: Path, settings: dict[str, Any]) -> dict[str, dict[str, dict[int, Run]]]:
-    """By data set, method and seed."""
-    found: dict[str, dict[str, dict[int, Run]]] = {}
+def read_runs(work: Path, settings: dict[str, Any]) -> dict[tuple[str, int], dict[str, Run]]:
+    """By data set and seed, and by method."""
+    found: dict[tuple[str, int], dict[str, Run]] = {}
     for name in settings["data"]:
-        folder = work / name
-        if not (folder / "labels.npz").exists():
-            continue
-        full, labels = dict(np.load(folder / "full" / "logits.npz")), dict(np.load(folder / "labels.npz"))
-        found[name] = defaultdict(dict)
-        for method in settings["methods"]:
-            for path in sorted(folder.glob(f"{stem(method, '[0-9]')}.npz")):
+        for folder in sorted(path.parent for path in work.glob(f"{name}-[0-9]/labels.npz")):
+            full, labels = dict(np.load(folder / "full" / "logits.npz")), dict(np.load(folder / "labels.npz"))
+            methods: dict[str, Run] = {}
+            for method in settings["methods"]:
+                if not (path := folder / f"{stem(method)}.npz").exists():
+                    continue
                 answers: dict[str, dict[float, np.ndarray]] = {"calibration": {}, "test": {}}
                 stored = np.load(path)
                 for key in stored.files:
                     if key != "seconds":
                         split, share = key.split(" ")
                         answers[split][float(share)] = stored[key]
-                run = Run(answers, full, labels, float(stored["seconds"]))
-                found[name][method][int(path.stem[-1])] = run
+                methods[method] = Run(answers, full, labels, float(stored["seconds"]))
+            found[name, int(folder.name[-1])] = methods
     return found
 
 
-def outcomes(runs: dict[str, dict[int, Run]], seed: int, times: Times) -> dict[str, dict[str, Any]]:
+def outcomes(runs: dict[str, Run], times: Times) -> dict[str, dict[str, Any]]:
     """Everything that is compared, of one data set and seed: right, same, cost of each."""
     found: dict[str, dict[str, Any]] = {}
-    if run := runs["narrow"].get(seed):
+    if run := runs.get("narrow"):
         full = run.full["test"].argmax(-1)
         found["full"] = run.score(full, 1.0)
         for budget, label in ((1 / 4, "1/4"), (1 / 6, "1/6"), (1 / 8, "1/8"), (1 / 12, "1/12")):
@@ -204,34 +205,40 @@ def outcomes(runs: dict[str, dict[int, Run]], seed: int, times: Times) -> dict[s
         share = max(0.0, times.constant(1 / 4) - times.constant(first)) / times.second_look()
         found["looks in the time of 1/4"] = run.looks(first + share, candidates=(first,))
     for method, budget in (("static 1/2", 1 / 2), ("static 1/4", 1 / 4), ("static 1/8", 1 / 8)):
-        if run := runs[method].get(seed):
+        if run := runs.get(method):
             found[method] = run.constant(budget)
     for method in ("random start", "truncated start"):
-        if run := runs[method].get(seed):
+        if run := runs.get(method):
             found[f"{method}, constant 1/4"] = run.constant(1 / 4)
             found[f"{method}, looks 0.25"] = run.looks(0.25)
-    if run := runs["layers"].get(seed):
+    if run := runs.get("layers"):
         found["layers 1/3"] = run.constant(1 / 3)
         found["layers 1/6"] = run.constant(1 / 6)
-    if run := runs["exits"].get(seed):
+    if run := runs.get("exits"):
         for mean in MEANS:
             found[f"exits {mean}"] = run.exits(mean)
-    if run := runs["shared widths"].get(seed):
+    if run := runs.get("shared widths"):
         found["shared widths, constant 1/4"] = run.constant(1 / 4)
         found["shared widths, looks 0.25"] = run.looks(0.25)
-    if run := runs["routers"].get(seed):
+    if run := runs.get("routers"):
         found["routers, 1/4 of the heads"] = run.constant(1 / 4)
     return found
 
 
-def interval(differences: list[np.ndarray], seed: int = 0) -> list[float]:
-    """95% interval of the mean over runs of their mean difference, by resampling each run's rows."""
+def interval(counts: list[np.ndarray], seed: int = 0) -> list[float]:
+    """95% interval, in points, of the mean over data sets of a mean difference, by resampling each one's rows.
+
+    Args:
+        counts: For each data set (S, 3): rows that are worse, alike and better in each of S seeds, which are of the
+            same rows; that they may err on the same ones is allowed for, as if all always did.
+        seed: Of the draws.
+    """
     draw = np.random.default_rng(seed)
     sums = np.zeros(REPLICATES)
-    for difference in differences:
-        values, counts = np.unique(difference, return_counts=True)
-        sums += draw.multinomial(len(difference), counts / len(difference), REPLICATES) @ values / len(difference)
-    low, high = np.quantile(sums / len(differences), (0.025, 0.975))
+    for own in counts:
+        drawn = draw.multinomial(own[0].sum(), own.sum(0) / own.sum(), REPLICATES)
+        sums += (drawn[:, 2] - drawn[:, 0]) / own[0].sum()
+    low, high = np.quantile(sums / len(counts), (0.025, 0.975))
     return [round(100 * float(low), 2), round(100 * float(high), 2)]
 
 
@@ -258,60 +265,103 @@ PAIRS = (
 
 
 Outcomes = dict[str, dict[str, Any]]
+KINDS = {"accuracy": "right", "agreement": "same"}
 
 
-def describe_runs(work: Path, name: str, methods: dict[str, dict[int, Run]]) -> dict[str, Any]:
-    """What is known of one data set beside its results: rows, files, seconds of training."""
-    full, labels = np.load(work / name / "full" / "logits.npz"), np.load(work / name / "labels.npz")
-    teacher = float(full["teacher_seconds"]) if "teacher_seconds" in full else None
-    seconds: dict[str, Any] = {"full": float(full["seconds"]), "teacher": teacher}
-    for method, runs in methods.items():
-        seconds[method] = {seed: round(run.seconds, 1) for seed, run in runs.items()}
+def describe_run(folder: Path, runs: dict[str, Run]) -> dict[str, Any]:
+    """What is known of one data set and seed beside its results: machine, rows, files, seconds of training."""
+    full, labels = np.load(folder / "full" / "logits.npz"), np.load(folder / "labels.npz")
+    seconds = {"full": round(float(full["seconds"]), 1)}
+    if (asked := folder / "taught.json").exists():
+        seconds["taught"] = read_json(asked)["seconds"]
+    seconds |= {method: round(run.seconds, 1) for method, run in runs.items()}
     rows = {split: len(labels[split]) for split in labels.files}
-    return {"rows": rows, "sha256": read_json(work / name / "sha256.json"), "seconds": seconds}
+    about = {"rows": rows, "sha256": read_json(folder / "sha256.json"), "seconds": seconds}
+    return {"environment": environment(), **about}
 
 
-def tabulate(outcomes_by_seed: dict[int, Outcomes]) -> dict[str, dict[int, dict[str, float]]]:
-    """By what is compared and seed: accuracy, agreement, cost, and the first look where there is one."""
-    table: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
-    for seed, found in outcomes_by_seed.items():
-        for label, x in found.items():
-            row = {"accuracy": round(float(x["right"].mean()), 5), "agreement": round(float(x["same"].mean()), 5)}
-            row["cost"] = round(float(x["cost"]), 4)
-            if "first" in x:
-                row["first"] = round(x["first"], 4)
-            table[label][seed] = row
+def tabulate(found: Outcomes) -> dict[str, dict[str, float]]:
+    """By what is compared: accuracy, agreement, cost, and the first look where there is one."""
+    table: dict[str, dict[str, float]] = {}
+    for label, x in found.items():
+        row = {name: round(float(x[kind].mean()), 5) for name, kind in KINDS.items()}
+        row["cost"] = round(float(x["cost"]), 4)
+        if "first" in x:
+            row["first"] = round(x["first"], 4)
+        table[label] = row
     return table
 
 
-def compare(first: str, second: str, everything: dict[tuple[str, int], Outcomes]) -> dict[str, Any] | None:
-    """Mean differences in points with their intervals, over the runs that have both; None where there is none."""
-    both = {key: found for key, found in everything.items() if first in found and second in found}
-    if not both:
+def set_against(found: Outcomes) -> dict[str, dict[str, list[int]]]:
+    """For each pair on how many rows the first is worse, alike and better."""
+    pairs: dict[str, dict[str, list[int]]] = {}
+    for first, second in PAIRS:
+        if first in found and second in found:
+            entry = {}
+            for name, kind in KINDS.items():
+                difference = found[first][kind].astype(int) - found[second][kind].astype(int)
+                entry[name] = [int((difference == x).sum()) for x in (-1, 0, 1)]
+            pairs[f"{first} - {second}"] = entry
+    return pairs
+
+
+def compare(pair: str, results: dict[str, Any]) -> dict[str, Any] | None:
+    """Mean differences in points with their intervals, over seeds, then data sets; None where no run has both."""
+    found = {name: list(x["pairs"][pair].values()) for name, x in results.items() if x["pairs"].get(pair)}
+    if not found:
         return None
-    entry: dict[str, Any] = {"runs": len(both), "data_sets": len({name for name, _ in both})}
-    for kind, name in (("right", "accuracy"), ("same", "agreement")):
-        differences = [found[first][kind].astype(int) - found[second][kind].astype(int) for found in both.values()]
-        entry[name] = round(100 * float(np.mean([x.mean() for x in differences])), 2)
-        entry[f"{name}_interval"] = interval(differences)
+    entry: dict[str, Any] = {"runs": sum(map(len, found.values())), "data_sets": len(found)}
+    for name in KINDS:
+        counts = [np.array([run[name] for run in runs]) for runs in found.values()]
+        means = [(own[:, 2] - own[:, 0]).mean() / own[0].sum() for own in counts]
+        entry[name] = round(100 * float(np.mean(means)), 2)
+        entry[f"{name}_interval"] = interval(counts)
     return entry
 
 
-def try_promise(level: float, everything: dict[tuple[str, int], Outcomes]) -> dict[str, Any]:
-    """In how many runs it was kept on the test rows, and what it cost."""
-    tuned = [found[f"tuned {level}"] for found in everything.values() if f"tuned {level}" in found]
-    differ = [float((~x["same"]).mean()) for x in tuned]
+def try_promise(level: float, results: dict[str, Any]) -> dict[str, Any]:
+    """In how many runs it was kept on the test rows; what it cost, mean over seeds, then data sets."""
+    tuned = [list(x["results"].get(f"tuned {level}", {}).values()) for x in results.values()]
+    tuned = [runs for runs in tuned if runs]
+    differ = [[1.0 - run["agreement"] for run in runs] for runs in tuned]
     return {
-        "runs": len(tuned),
-        "kept": sum(share <= level for share in differ),
-        "mean_cost": round(float(np.mean([x["cost"] for x in tuned])), 4),
-        "disagreement": round(float(np.mean(differ)), 5),
+        "runs": sum(map(len, tuned)),
+        "kept": sum(share <= level + 1e-9 for shares in differ for share in shares),
+        "mean_cost": round(float(np.mean([np.mean([run["cost"] for run in runs]) for runs in tuned])), 4),
+        "disagreement": round(float(np.mean([np.mean(shares) for shares in differ])), 5),
     }
 
 
+def replace_seed(kept: dict[str, Any], seed: int, entries: dict[str, Any]) -> dict[str, Any]:
+    """`kept`, by label and seed, with these entries for that seed and no others."""
+    labels = [*dict.fromkeys([*kept, *entries])]
+    found = {label: {x: y for x, y in kept.get(label, {}).items() if x != str(seed)} for label in labels}
+    for label, entry in entries.items():
+        found[label][str(seed)] = entry
+    return {label: dict(sorted(by_seed.items())) for label, by_seed in found.items() if by_seed}
+
+
+def training_share(results: dict[str, Any]) -> dict[str, float] | None:
+    """Seconds of asking the full model and training beside it, over those of fine-tuning it."""
+    seconds = [run["seconds"] for x in results.values() for run in x["runs"].values()]
+    shares = [(x["taught"] + x["narrow"]) / x["full"] for x in seconds if {"taught", "narrow"} <= x.keys()]
+    if not shares:
+        return None
+    figures = {"median": np.median(shares), "least": min(shares), "most": max(shares)}
+    return {"runs": len(shares), **{name: round(float(x), 3) for name, x in figures.items()}}
+
+
+def summarize(results: dict[str, Any]) -> dict[str, Any]:
+    """Over all data sets, from their results alone."""
+    pairs = {f"{first} - {second}": compare(f"{first} - {second}", results) for first, second in PAIRS}
+    promises = {str(level): try_promise(level, results) for level in LEVELS}
+    found = {"pairs": {pair: entry for pair, entry in pairs.items() if entry}, "promises": promises}
+    return {**found, "training": training_share(results)}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Adds to the results, and replaces what they had of the same seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
@@ -319,22 +369,21 @@ def main(arguments: list[str] | None = None) -> None:
     settings = read_json(options.settings)
     timing = options.work / "timing.json"
     times = read_json(timing) if timing.exists() else {}
-    everything: dict[tuple[str, int], Outcomes] = {}
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, methods in read_runs(options.work, settings).items():
-        ratios = Times(times.get(name, {}).get("ratios"))
-        seeds = sorted({seed for runs in methods.values() for seed in runs})
-        found = {seed: outcomes(methods, seed, ratios) for seed in seeds}
-        everything |= {(name, seed): x for seed, x in found.items()}
-        values = {"data": name, "settings": {**settings["data"][name], "narrow": settings["narrow"]}}
-        values |= {"environment": environment(), **describe_runs(options.work, name, methods)}
-        values |= {"measured_time": times.get(name), "results": tabulate(found)}
-        (options.output / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
-    pairs = {f"{first} - {second}": compare(first, second, everything) for first, second in PAIRS}
-    summary = {
-        "pairs": {pair: entry for pair, entry in pairs.items() if entry},
-        "promises": {str(level): try_promise(level, everything) for level in LEVELS},
-    }
+    for (name, seed), runs in read_runs(options.work, settings).items():
+        path = options.output / f"{name}.json"
+        values: dict[str, Any] = read_json(path) if path.exists() else {"data": name}
+        values["settings"] = {**settings["data"][name], "narrow": settings["narrow"]}
+        if name in times:
+            values["measured_time"] = times[name]
+        found = outcomes(runs, Times((values.get("measured_time") or {}).get("ratios")))
+        values.setdefault("runs", {})[str(seed)] = describe_run(options.work / f"{name}-{seed}", runs)
+        for part, entries in (("results", tabulate(found)), ("pairs", set_against(found))):
+            values[part] = replace_seed(values.get(part, {}), seed, entries)
+        path.write_text(json.dumps(values, indent=1) + "\n")
+    paths = sorted(options.output.glob("*.json"))
+    results = {path.stem: read_json(path) for path in paths if path.stem not in ("summary", "routers")}
+    summary = summarize(results)
     (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for pair, entry in summary["pairs"].items():
         print(f"{pair:50s} {entry}")

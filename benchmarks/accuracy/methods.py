@@ -57,7 +57,7 @@ def narrow(task: Task) -> tuple[dict[str, Answers], float]:
     seconds = fit(model, task.taught, task.epochs, task.recipe["learning_rate"], task.seed, callbacks=callbacks)
     for split in ("calibration", "test"):  # for routers that read more than logits
         states = _pooled(model, getattr(task.rows, split), 1 / 6)
-        np.savez_compressed(task.full.parent / f"pooled-{split}-{task.seed}.npz", states=states.astype(np.float16))
+        np.savez_compressed(task.full.parent / f"pooled-{split}.npz", states=states.astype(np.float16))
     return _answers(model, task.rows, CONSTANTS), seconds
 
 

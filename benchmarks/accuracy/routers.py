@@ -88,8 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     runs = read_runs(options.work, read_json(options.settings))
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     used = []
-    for name, methods in runs.items():
-        for seed, run in methods["narrow"].items():
+    for (name, seed), methods in runs.items():
+        if run := methods.get("narrow"):
             used.append(f"{name}-{seed}")
             full = {split: x.argmax(-1) for split, x in run.full.items()}
             for budget, mean in COSTS:
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
                     "margin of logits": np.sort(test, -1)[:, -1] - np.sort(test, -1)[:, -2],
                     "network, probabilities": network(features(own["calibration"]), differs, 16, seed)(features(test)),
                 }
-                paths = {x: options.work / name / f"pooled-{x}-{seed}.npz" for x in ("calibration", "test")}
+                paths = {x: options.work / f"{name}-{seed}" / f"pooled-{x}.npz" for x in ("calibration", "test")}
                 if abs(budget - 1 / 6) < 1e-6 and paths["test"].exists():
                     pooled = {
                         x: np.load(path)["states"].astype(np.float32).reshape(len(full[x]), -1)

@@ -2,13 +2,15 @@
 
     python benchmarks/accuracy/run.py --data FOLDER --work FOLDER
 
-What is in the work folder already is not made again. Then `figures.py` makes results of it.
+A seed is that of the full model and of all that stands beside it. What is in the work folder already is not made again.
+Then `figures.py` makes results of it; the folder is not needed afterwards, and another one adds seeds to them.
 """
 
 import argparse
 import json
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,9 @@ HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "calibration", "test")
 
 
-def full_model(rows: Rows, settings: dict[str, Any], own: dict[str, Any], folder: Path) -> None:
+def full_model(rows: Rows, settings: dict[str, Any], own: dict[str, Any], folder: Path, seed: int) -> None:
     """Fine-tunes MiniLM, the full model, and keeps it with its logits."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         settings.get("model") or minilm(), num_labels=rows.labels
     )
@@ -43,25 +45,24 @@ def full_model(rows: Rows, settings: dict[str, Any], own: dict[str, Any], folder
         rows.train,
         own["epochs"],
         own.get("learning_rate", settings["full_learning_rate"]),
-        0,
+        seed,
         settings["batch_size"],
     )
     model.save_pretrained(folder)
-    start = time.perf_counter()
-    logits = {"train": ask(model, rows.train)}
-    teacher_seconds = time.perf_counter() - start
-    logits |= {split: ask(model, getattr(rows, split)) for split in SPLITS[1:]}
-    np.savez(folder / "logits.npz", seconds=seconds, teacher_seconds=teacher_seconds, **logits)
+    logits = {split: ask(model, getattr(rows, split)) for split in SPLITS}
+    np.savez(folder / "logits.npz", seconds=seconds, **logits)
 
 
 def taught(rows: Rows, full: Path, seed: int, recipe: dict[str, Any]) -> Any:
     """Rows to train on, mixed ones too, with the full model's answers; made once for all methods."""
-    folder = full.parent / f"taught-{seed}"
+    folder = full.parent / "taught"
     if not folder.exists():
         start = time.perf_counter()
         found = taught_rows(rows.train, str(full), load_tokenizer(), mixed=recipe["mixed"], seed=seed)
+        seconds = time.perf_counter() - start
         found.save_to_disk(folder)
-        print(f"{full.parent.name}: asked about {len(found)} rows in {time.perf_counter() - start:.0f} s", flush=True)
+        (full.parent / "taught.json").write_text(json.dumps({"rows": len(found), "seconds": round(seconds, 1)}) + "\n")
+        print(f"{full.parent.name}: asked about {len(found)} rows in {seconds:.0f} s", flush=True)
     return datasets.load_from_disk(str(folder))
 
 
@@ -85,40 +86,37 @@ def main(arguments: list[str] | None = None) -> None:
         if options.methods is None
         else {name: settings["methods"][name] for name in options.methods}
     )
-    for name in options.data_sets or settings["data"]:
+    seeds = sorted({seed for wanted in settings["methods"].values() for seed in wanted})
+    names = options.data_sets or settings["data"]
+    for seed, name in product(seeds if options.seeds is None else options.seeds, names):
         own = settings["data"][name]
         split = {"calibration": settings["calibration_rows"], "test": settings["test_rows"], **own}
-        rows, folder = read_rows(options.data, name, split), options.work / name
+        rows, folder = read_rows(options.data, name, split), options.work / f"{name}-{seed}"
         full = folder / "full"
         if not (full / "logits.npz").exists():
-            full_model(rows, settings, own, full)
+            full_model(rows, settings, own, full, seed)
         logits = np.load(full / "logits.npz")
         labels = np.array(rows.test["labels"])
-        print(
-            f"{name}: full {(logits['test'].argmax(-1) == labels).mean():.4f}, {float(logits['seconds']):.0f} s",
-            flush=True,
-        )
+        accuracy = (logits["test"].argmax(-1) == labels).mean()
+        print(f"{name}, seed {seed}: full {accuracy:.4f}, {float(logits['seconds']):.0f} s", flush=True)
         (folder / "sha256.json").write_text(json.dumps(rows.sha256, indent=1) + "\n")
         if not (folder / "labels.npz").exists():
             np.savez(folder / "labels.npz", **{x: np.array(getattr(rows, x)["labels"]) for x in SPLITS[1:]})
         recipe = settings["narrow"]
         epochs = recipe["steps"] * own["epochs"] / (1 + recipe["mixed"])  # passes over the rows that are taught
-        for method, seeds in methods.items():
-            for seed in seeds if options.seeds is None else options.seeds:
-                target = folder / f"{stem(method, seed)}.npz"
-                if target.exists():
-                    continue
-                task = Task(full, rows, taught(rows, full, seed, recipe), epochs, recipe, seed)
-                answers, seconds = METHODS[method](task)
-                kept = {f"{part} {share:.9f}": x for part, found in answers.items() for share, x in found.items()}
-                np.savez_compressed(target, seconds=seconds, **kept)
-                told, full_answers = [], logits["test"].argmax(-1)
-                for share, x in answers["test"].items():
-                    right, same = (x.argmax(-1) == labels).mean(), (x.argmax(-1) == full_answers).mean()
-                    told.append(f"{share:.3f}: {right:.4f}, {same:.4f}")
-                print(
-                    f"{name}, {method}, seed {seed}: {seconds:.0f} s; accuracy, agreement {'; '.join(told)}", flush=True
-                )
+        for method, wanted in methods.items():
+            target = folder / f"{stem(method)}.npz"
+            if target.exists() or (options.methods is None and seed not in wanted):
+                continue
+            task = Task(full, rows, taught(rows, full, seed, recipe), epochs, recipe, seed)
+            answers, seconds = METHODS[method](task)
+            kept = {f"{part} {share:.9f}": x for part, found in answers.items() for share, x in found.items()}
+            np.savez_compressed(target, seconds=seconds, **kept)
+            told, full_answers = [], logits["test"].argmax(-1)
+            for share, x in answers["test"].items():
+                right, same = (x.argmax(-1) == labels).mean(), (x.argmax(-1) == full_answers).mean()
+                told.append(f"{share:.3f}: {right:.4f}, {same:.4f}")
+            print(f"{name}, {method}, seed {seed}: {seconds:.0f} s; accuracy, agreement {'; '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.data_sets or settings["data"]:
         own = settings["data"][name]
         limits = {**own, "calibration": 1, "test": ROWS, "train": 16}
-        exits = runs[name]["exits"][0]
+        exits = next(run["exits"] for (data, _), run in runs.items() if data == name and "exits" in run)
         leaving = {mean: exits.exits(mean)["left"] for mean in MEANS}
         rows = read_rows(options.data, name, limits).test
         count = max(32, int((np.cumsum([len(x) for x in rows["input_ids"][:]]) <= TOKENS).sum()))

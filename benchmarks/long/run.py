@@ -115,7 +115,8 @@ def start_of(own: dict[str, Any], starts: Path | None, folder: Path) -> tuple[st
     if starts is None:
         raise SystemExit(f"--starts must be the accuracy benchmark's work folder, for its model of {own['start']}.")
     if not (folder / "config.json").exists():
-        model: Any = AutoModelForSequenceClassification.from_pretrained(starts / own["start"] / "full")
+        fine_tuned = starts / f"{own['start']}-{own['seed']}" / "full"
+        model: Any = AutoModelForSequenceClassification.from_pretrained(fine_tuned)
         if "order" in own:
             for part in model.classifier.parameters():
                 part.data = part.data[own["order"]]
