@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
@@ -32,8 +33,9 @@ SETTINGS = {
     "train_queries": 6,
     "test_queries": 4,
     "timed_queries": 2,
-    "keep": 2,
-    "keeps": [0, 6],
+    "keeps": [2, 6],
+    "enough": 0.0,  # scores so small are near ties: two are looked at again whatever comes of it
+    "validation_queries": 3,
     "rivals": [],
     "repeats": 2,
 }
@@ -63,7 +65,7 @@ def test_trains_judges_and_times_every_way(ask, tmp_path, capsys):
     assert set(judged["ways"]) == {"BM25", "stock", "ours, constant", "ours, first look", "ours, two stages"}
     assert all(0.0 <= way["mrr"] <= way["ndcg"] <= 1.0 for way in judged["ways"].values())
     assert judged["keeps"]["6"] == judged["ways"]["stock"]  # all looked at again
-    assert judged["keeps"]["0"] == judged["ways"]["ours, first look"]
+    assert judged["keep"] == 2
     assert judged["keeps"]["2"] == judged["ways"]["ours, two stages"]
     assert set(speed) == {"stock", "ours, constant", "ours, first look", "ours, all open", "ours, two stages"}
     assert all(way["passages_per_second"]["median"] > 0 for way in speed.values())
@@ -74,6 +76,36 @@ def test_trains_judges_and_times_every_way(ask, tmp_path, capsys):
     (tmp_path / "result.json").rename(tmp_path / "results" / "reranking.json")
     page = report.write_report(tmp_path / "results", tmp_path / "report").read_text()
     assert "## Tiny reranking" in page
+
+
+def test_the_least_number_is_chosen_from_which_on_enough_is_kept(monkeypatch):
+    settings = {**reranking.SETTINGS, "candidates": 4, "keeps": [0, 1, 2, 3], "enough": 0.9, "validation_queries": 1}
+    monkeypatch.setattr(reranking, "read_searches", lambda *_: (None, (["query"], [list("abcd")], [{0}])))
+
+    class Pretender:
+        """Whose first look puts the answer on a place, and whose second one puts it first."""
+
+        def __init__(self, place):
+            order = [x for x in range(1, 4)]
+            order.insert(place, 0)
+            first = -np.argsort(order).astype(np.float32)
+            self.ways = {"ours, first look": lambda *_: first, "stock": lambda *_: np.array([1.0, 0.0, 0.0, 0.0])}
+
+        def scorers(self):
+            return self.ways
+
+    # Found on the second place of the first look, it is first as soon as two are looked at again.
+    assert [reranking.choose_keep(settings, Pretender(place)) for place in (0, 1, 2, 3)] == [0, 2, 3, 4]
+
+
+def test_an_order_of_two_stages_is_told_from_others():
+    first, last = np.array([0.4, 0.3, 0.2, 0.1]), np.array([1.0, 2.0, 3.0, 0.0])
+    assert reranking.may_rank([1, 0, 2, 3], first, last, 2)
+    assert reranking.may_rank([1, 0, 2, 3], first, np.array([2.00001, 2.0, 3.0, 0.0]), 2)  # a tie but for the last bits
+    for order in ([0, 1, 2, 3], [2, 1, 0, 3], [1, 0, 3, 2], [1, 0, 2, 2]):
+        assert not reranking.may_rank(order, first, last, 2)
+    assert reranking.may_rank([2, 1, 0, 3], first, last, 4)
+    assert reranking.may_rank([0, 1, 2, 3], first, last, 0)
 
 
 def test_each_step_says_what_must_come_before(ask):
