@@ -167,11 +167,13 @@ SECTIONS = {
 }
 
 
-def target_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+def target_rows(folder: Path) -> list[list[str]]:
     """Figures that were aimed for beside what was measured."""
+    results = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     rows = []
     for target in json.loads((HERE / "targets.json").read_text()):
-        value: Any = results.get(target["result"], {}).get("figures", {})
+        value: Any = results.get(target["result"], {})
+        value = value.get("figures", value)
         for key in target["path"]:
             if isinstance(value, dict):
                 value = value.get(key)
@@ -260,7 +262,7 @@ def write_report(results_folder: Path, output: Path) -> Path:
     text = INTRODUCTION.format(folder=results_folder.name)
     if not results:
         text += NOTHING
-    if rows := target_rows(results):
+    if rows := target_rows(results_folder):
         text += "\n## Targets\n\n2 threads\n\n" + table(["figure", "measured", "target", "met"], rows)
     if plot(results, images / "models.png"):
         text += "\n![Times faster than stock](images/models.png)\n"

@@ -291,6 +291,7 @@ def quality(settings: dict[str, Any], work: Path, threads: int) -> None:
         "passages": len(retrieval.passages),
         "sha256": hashlib.sha256("\n".join([*retrieval.passages, *queries]).encode()).hexdigest(),
     }
+    result["ndcg_kept"] = ways["ours, two stages"]["ndcg"] / max(ways["stock"]["ndcg"], 1e-9)
     write_json(work / "quality.json", {**result, "environment": environment()})
 
 

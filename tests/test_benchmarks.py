@@ -329,6 +329,8 @@ def test_every_experiment_has_valid_settings_and_every_target_a_source():
     for path in BENCHMARKS.glob("experiments/quick/*.json"):
         assert run.read_settings(path)["level"] in run.LEVELS
     for target in json.loads((BENCHMARKS / "targets.json").read_text()):
+        if target["result"] in ("reranking", "embedding"):  # their own tests read what they write
+            continue
         source, path = settings[target["result"]], target["path"]
         if path[0] == "memory":
             assert path[1] == "ours 1/4"

@@ -76,6 +76,7 @@ def test_trains_judges_and_times_every_way(ask, tmp_path, capsys):
     (tmp_path / "result.json").rename(tmp_path / "results" / "reranking.json")
     page = report.write_report(tmp_path / "results", tmp_path / "report").read_text()
     assert "## Tiny reranking" in page
+    assert page.count("| Reranking, two stages") == 2  # targets; there is no rival here
 
 
 def test_the_least_number_is_chosen_from_which_on_enough_is_kept(monkeypatch):
@@ -126,4 +127,6 @@ def test_embeddings_are_compared_and_reported(tmp_path):
     found = json.loads(target.read_text())
     assert (found["data"]["trained"], found["data"]["compared"]) == (40, 20)
     assert all(-1.0 <= value < 1.0 for value in found["spearman"].values())
-    assert "## Tiny embeddings" in report.write_report(tmp_path / "results", tmp_path / "report").read_text()
+    page = report.write_report(tmp_path / "results", tmp_path / "report").read_text()
+    assert "## Tiny embeddings" in page
+    assert "| Embeddings at a half" in page
