@@ -78,7 +78,7 @@ def train(settings: dict[str, Any], work: Path) -> None:
 
 
 def train_stock(settings: dict[str, Any], searches: Searches, folder: Path) -> None:
-    """Fine-tunes MiniLM on answers and hard negatives, by binary cross entropy."""
+    """Fine-tunes MiniLM on answers and passages that BM25 wrongly finds, by binary cross entropy."""
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss

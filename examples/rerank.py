@@ -29,11 +29,11 @@ from retrieval import Searches, draw_searches, load_retrieval
 
 
 def make_pairs(searches: Searches, wrong: int) -> Dataset:
-    """Each query with its answer and with some of the best that BM25 wrongly finds."""
+    """Each query with its answer and with some of those that BM25 wrongly finds."""
     draw = random.Random(0)
     rows: dict[str, list[Any]] = {"text": [], "text_pair": [], "label": []}
     for query, candidates, relevant in zip(*searches, strict=True):
-        others = [number for number in range(min(20, len(candidates))) if number not in relevant]
+        others = [number for number in range(len(candidates)) if number not in relevant]
         for number in [*relevant, *draw.sample(others, min(wrong, len(others)))]:
             rows["text"].append(query)
             rows["text_pair"].append(candidates[number])

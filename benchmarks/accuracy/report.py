@@ -106,8 +106,8 @@ def tables(folder: Path = HERE / "results") -> str:
     if share := summary.get("training"):
         text += (
             f"\nA narrow encoder is trained in {share['median']:.2f} of the time that fine-tuning the full model took, "
-            f"asking that included (median of {share['runs']} runs, {share['least']:.2f} to {share['most']:.2f}; 0.6 "
-            "was aimed for).\n"
+            f"asking that included (median, from {share['least']:.2f} to {share['most']:.2f}; runs: {share['runs']}; "
+            "0.6 was aimed for).\n"
         )
     rows = []
     for level, x in summary["promises"].items():
