@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from hf_budgetformer import BudgetCallback, BudgetFormerForSequenceClassification, add_teacher_logits
 from hf_budgetformer.tools.batching import batches_by_length, tokenized
-from hf_budgetformer.tools.reranking import merge_rankings, ndcg, rank
+from hf_budgetformer.tools.reranking import merge_rankings, ndcg, rank, ranking_losses
 from hf_budgetformer.tools.results import write_json
 from hf_budgetformer.tools.rivals import make_rivals
 
@@ -244,22 +244,22 @@ def may_rank(order: list[int], first: np.ndarray, last: np.ndarray, keep: int, n
     return bool(sorted(order) == [*range(len(first))] and falls and chosen)
 
 
-def choose_keep(settings: dict[str, Any], rankers: Rankers) -> int:
+def least_keep(settings: dict[str, Any], rankers: Rankers) -> int:
     """The least of "keeps" from which on two stages have enough of the full model's NDCG, on validation queries."""
-    _, (queries, texts, relevant) = read_searches(settings, "validation", settings["validation_queries"])
-    ways = rankers.scorers()
-    pairs = [
-        [ways[name](*given) for name in ("ours, first look", "stock")] for given in zip(queries, texts, strict=True)
-    ]
-    full = summary([np.argsort(-last, kind="stable") for _, last in pairs], relevant)["ndcg"]
-    chosen = settings["candidates"]
+    _, searches = read_searches(settings, "validation", settings["validation_queries"])
+    ways, losses, full = rankers.scorers(), [], []
+    for query, given, relevant in zip(*searches, strict=True):
+        first, last = (ways[name](query, given) for name in ("ours, first look", "stock"))
+        losses.append(ranking_losses(first, last, relevant, TOP_K))
+        full.append(ndcg(np.argsort(-last, kind="stable"), relevant, TOP_K))
+    lost, chosen = np.mean(losses, 0), settings["candidates"]
     for keep in sorted(settings["keeps"], reverse=True):
-        found = summary([merge_rankings(*pair, keep) for pair in pairs], relevant)["ndcg"]
-        print(f"keep {keep}: {found:.4f} of {full:.4f} on validation queries", flush=True)
-        if found < settings["enough"] * full:
+        found = np.mean(full) - lost[keep]
+        print(f"keep {keep}: {found:.4f} of {np.mean(full):.4f} on validation queries", flush=True)
+        if found < settings["enough"] * np.mean(full):
             break
         chosen = keep
-    return chosen
+    return int(chosen)
 
 
 def quality(settings: dict[str, Any], work: Path, threads: int) -> None:
@@ -275,7 +275,7 @@ def quality(settings: dict[str, Any], work: Path, threads: int) -> None:
     ways = {"BM25": summary([np.arange(len(given)) for given in texts], relevant)}
     ways |= {name: summary([np.argsort(-x, kind="stable") for x in found], relevant) for name, found in scores.items()}
     pairs = list(zip(scores["ours, first look"], scores["stock"], strict=True))
-    chosen = choose_keep(settings, rankers)
+    chosen = least_keep(settings, rankers)
     orders = {keep: [merge_rankings(*pair, keep) for pair in pairs] for keep in {*settings["keeps"], chosen}}
     keeps = {str(keep): summary(orders[keep], relevant) for keep in sorted(orders)}
     ways["ours, two stages"] = keeps[str(chosen)]

@@ -87,7 +87,7 @@ def test_the_least_number_is_chosen_from_which_on_enough_is_kept(monkeypatch):
         """Whose first look puts the answer on a place, and whose second one puts it first."""
 
         def __init__(self, place):
-            order = [x for x in range(1, 4)]
+            order = [1, 2, 3]
             order.insert(place, 0)
             first = -np.argsort(order).astype(np.float32)
             self.ways = {"ours, first look": lambda *_: first, "stock": lambda *_: np.array([1.0, 0.0, 0.0, 0.0])}
@@ -96,7 +96,7 @@ def test_the_least_number_is_chosen_from_which_on_enough_is_kept(monkeypatch):
             return self.ways
 
     # Found on the second place of the first look, it is first as soon as two are looked at again.
-    assert [reranking.choose_keep(settings, Pretender(place)) for place in (0, 1, 2, 3)] == [0, 2, 3, 4]
+    assert [reranking.least_keep(settings, Pretender(place)) for place in (0, 1, 2, 3)] == [0, 2, 3, 4]
 
 
 def test_an_order_of_two_stages_is_told_from_others():
