@@ -55,22 +55,19 @@ def score(narrow: np.ndarray, full: np.ndarray, labels: np.ndarray, budget: floa
     return found
 
 
-def taught_otherwise(full: Path, rows: Rows, logits: np.ndarray, recipe: dict[str, Any], seed: int) -> datasets.Dataset:
+def taught_otherwise(full: Path, rows: Rows, recipe: dict[str, Any], seed: int) -> datasets.Dataset:
     """Training rows, and others by the recipe, with the full model's answers."""
-    train = rows.train.add_column("teacher_logits", logits.tolist())
-    columns = [name for name in train.column_names if name not in ("labels", "teacher_logits")]
+    columns = [name for name in rows.train.column_names if name != "labels"]
     extra = []
     if recipe["spare"]:
         extra.append(rows.spare.take(min(len(rows.spare), recipe["spare"] * len(rows.train))))
     if recipe["extra"]:
         extra.append(augment(rows.train, recipe["extra"], recipe["extra_kind"], seed))
-    train = train.select_columns([*columns, "teacher_logits"])
-    for part in extra:
-        teacher = AutoModelForSequenceClassification.from_pretrained(full)
-        more = part.select_columns(columns)
-        more = more.add_column("teacher_logits", ask(teacher, more).tolist()).cast(train.features)
-        train = datasets.concatenate_datasets([train, more])
-    return train
+    train = rows.train.select_columns(columns)
+    parts = [train, *(part.select_columns(columns).cast(train.features) for part in extra)]
+    taught = datasets.concatenate_datasets(parts)
+    teacher = AutoModelForSequenceClassification.from_pretrained(full)
+    return taught.add_column("teacher_logits", ask(teacher, taught).tolist())
 
 
 def main() -> None:
@@ -98,7 +95,7 @@ def main() -> None:
                 if target.exists():
                     continue
                 recipe = {**DEFAULTS, "order": "equal", **trials[trial]}  # as it was when the trials began
-                taught = taught_otherwise(folder, rows, logits["train"], recipe, seed)
+                taught = taught_otherwise(folder, rows, recipe, seed)
                 recipe["epochs"] *= len(rows.train) / len(taught)
                 model, seconds = train_by_recipe(folder, rows.train, taught, recipe, seed)
                 found = {"full": {"accuracy": float((full.argmax(-1) == labels).mean())}}

@@ -31,7 +31,7 @@ from hf_budgetformer.tools.recipe import taught_rows
 
 
 HERE = Path(__file__).resolve().parent
-SPLITS = ("train", "calibration", "test")
+SPLITS = ("calibration", "test")
 
 
 def full_model(rows: Rows, settings: dict[str, Any], own: dict[str, Any], folder: Path, seed: int) -> None:
@@ -88,10 +88,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     seeds = sorted({seed for wanted in settings["methods"].values() for seed in wanted})
     names = options.data_sets or settings["data"]
+    limits = {"calibration": settings["calibration_rows"], "test": settings["test_rows"]}
+    rows_of = {name: read_rows(options.data, name, {**limits, **settings["data"][name]}) for name in names}
     for seed, name in product(seeds if options.seeds is None else options.seeds, names):
-        own = settings["data"][name]
-        split = {"calibration": settings["calibration_rows"], "test": settings["test_rows"], **own}
-        rows, folder = read_rows(options.data, name, split), options.work / f"{name}-{seed}"
+        own, rows, folder = settings["data"][name], rows_of[name], options.work / f"{name}-{seed}"
         full = folder / "full"
         if not (full / "logits.npz").exists():
             full_model(rows, settings, own, full, seed)
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name}, seed {seed}: full {accuracy:.4f}, {float(logits['seconds']):.0f} s", flush=True)
         (folder / "sha256.json").write_text(json.dumps(rows.sha256, indent=1) + "\n")
         if not (folder / "labels.npz").exists():
-            np.savez(folder / "labels.npz", **{x: np.array(getattr(rows, x)["labels"]) for x in SPLITS[1:]})
+            np.savez(folder / "labels.npz", **{x: np.array(getattr(rows, x)["labels"]) for x in SPLITS})
         recipe = settings["narrow"]
         epochs = recipe["steps"] * own["epochs"] / (1 + recipe["mixed"])  # passes over the rows that are taught
         for method, wanted in methods.items():
