@@ -213,12 +213,12 @@ def _load(checkpoint: str, device: str | None, budgeted: bool = True) -> tuple[A
     return load_classifier(checkpoint, budgeted, device)
 
 
-def _finish(found: Any, as_json: bool, folder: str, kind: str, data: str, split: str | None, rows: int) -> None:
+def _finish(result: Any, as_json: bool, folder: str, kind: str, data: str, split: str | None, rows: int) -> None:
     """Prints a result, then keeps it beside its checkpoint, if that is a folder."""
     from hf_budgetformer.tools.results import save_result
 
-    print(json.dumps(found.to_dict()) if as_json else found)
-    save_result(folder, kind, found.to_dict(), data, split, rows)
+    print(json.dumps(result.to_dict()) if as_json else result)
+    save_result(folder, kind, result.to_dict(), data, split, rows)
 
 
 @app.command(
@@ -291,23 +291,23 @@ def train(
     held_out = _read(validation, validation_split, column, skip_bad) if validation else None
     more = _read(unlabelled, None, column, skip_bad, labelled=False) if unlabelled else None
     with contextlib.redirect_stdout(sys.stderr):  # what the Trainer prints is no result
-        found = train_classifier(
+        trained = train_classifier(
             checkpoint, rows, arguments, held_out, fine_tuned, together, new_head, max_length, data, more, **fields
         )
     if with_card:
         from hf_budgetformer.tools.model_card import write_model_card
 
         write_model_card(output)
-    summary = {"output": output, **{name: found[name] for name in ("teacher", "rows", "seconds", "validation")}}
+    summary = {"output": output, **{name: trained[name] for name in ("teacher", "rows", "seconds", "validation")}}
     if as_json:
         print(json.dumps(summary))
     else:
-        print(f"Saved in {output}: trained on {found['rows']} rows.{_describe_validation(found, validation)}")
+        print(f"Saved in {output}: trained on {trained['rows']} rows.{_describe_validation(trained, validation)}")
 
 
-def _describe_validation(found: dict[str, Any], validation: str | None) -> str:
+def _describe_validation(trained: dict[str, Any], validation: str | None) -> str:
     """What plain calls came to on validation rows, beside the full model alone."""
-    figures = found["validation"]
+    figures = trained["validation"]
     if validation is None:
         return ""
     spent = f"at a mean budget of {figures['eval_budget']:.2f}"
@@ -315,7 +315,7 @@ def _describe_validation(found: dict[str, Any], validation: str | None) -> str:
         kept, full = f"error {figures['eval_error']:.4f}", f"{figures['eval_full_error']:.4f}"
     else:
         kept, full = f"accuracy {figures['eval_accuracy']:.1%}", f"{figures['eval_full_accuracy']:.1%}"
-    alone = "the plain model's" if found["teacher"] else "the full model's"
+    alone = "the plain model's" if trained["teacher"] else "the full model's"
     return f" On {validation}, {kept} {spent}; {alone} is {full}."
 
 
@@ -333,17 +333,18 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy, agreement with the full model and work spent; of a regression the error."""
-    asked = _parse_budgets(budgets)
+    shares = _parse_budgets(budgets)
     from dataclasses import replace
 
     from hf_budgetformer.tools.evaluation import evaluate_budgets
     from hf_budgetformer.tools.results import read_training
 
     model, tokenizer = _load(checkpoint, device, budgeted=False)
-    found = evaluate_budgets(model, _read(data, split, column, skip_bad), tokenizer, asked, batch_size, max_length)
+    rows = _read(data, split, column, skip_bad)
+    evaluation = evaluate_budgets(model, rows, tokenizer, shares, batch_size, max_length)
     seed = read_training(checkpoint).get("arguments", {}).get("seed")
-    found = replace(found, settings={**found.settings, "data": data, "split": split, "seed": seed})
-    _finish(found, as_json, checkpoint, "evaluation", data, split, found.rows)
+    evaluation = replace(evaluation, settings={**evaluation.settings, "data": data, "split": split, "seed": seed})
+    _finish(evaluation, as_json, checkpoint, "evaluation", data, split, evaluation.rows)
 
 
 @app.command(epilog="Example: budgetformer tune out validation.parquet --disagreement 0.01")
@@ -388,7 +389,7 @@ def tune(
 
     model, tokenizer = _load(checkpoint, device)
     rows = _read(data, split, column, skip_bad, labelled=tolerance is not None)
-    found = tuning.tune(
+    result = tuning.tune(
         model,
         rows,
         tokenizer,
@@ -404,7 +405,7 @@ def tune(
         path = Path(checkpoint) / "config.json"
         changed = {name: getattr(model.config, name) for name in ("looks", "confidence", "margins", "promise")}
         write_json(path, {**json.loads(path.read_text("utf-8")), **changed})
-    _finish(found, as_json, checkpoint, "tuning", data, split, len(rows))
+    _finish(result, as_json, checkpoint, "tuning", data, split, len(rows))
     if not (dry_run or as_json):
         print(f"Written to {Path(checkpoint) / 'config.json'}: plain calls look this way from now on.")
 
@@ -434,7 +435,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Time, FLOPs, memory and, with labels, accuracy beside the stock model; after how many texts training has paid."""
-    asked = _parse_budgets(budgets)
+    shares = _parse_budgets(budgets)
     from hf_budgetformer.tools.profiling import cost_card
     from hf_budgetformer.tools.results import read_training
     from hf_budgetformer.tools.rivals import check_against
@@ -446,8 +447,8 @@ def profile(
         raise typer.BadParameter(f"--{error}") from None
     model, tokenizer = _load(checkpoint, device)
     texts, seconds = _read(data, split, column, skip_bad, labelled=None), read_training(checkpoint).get("seconds")
-    found = cost_card(model, texts, tokenizer, asked, batch_size, rows, repeats, max_length, seconds, energy, others)
-    _finish(found, as_json, checkpoint, "costs", data, split, found.settings["rows"])
+    costs = cost_card(model, texts, tokenizer, shares, batch_size, rows, repeats, max_length, seconds, energy, others)
+    _finish(costs, as_json, checkpoint, "costs", data, split, costs.settings["rows"])
 
 
 @app.command(epilog="Example: budgetformer cut out --output small --budget 0.25 --test test.csv")
@@ -515,7 +516,7 @@ def export(
 
             path = export_onnx(model, output, budget, dtype)
             printed = f"Saved as {path}."
-            found: dict[str, Any] = {"output": str(path)}
+            summary: dict[str, Any] = {"output": str(path)}
         else:
             from hf_budgetformer.tools.looks_export import export_looks
 
@@ -523,8 +524,8 @@ def export(
             rows = None if calibration is None else _read(calibration, split, column, skip_bad, labelled)
             written = export_looks(model, tokenizer, output, runtime or "onnx", dtype, rows, max_length)
             printed = str(written)
-            found = {"output": output, "taken": written.taken, "looks": written.looks.to_dict()}
-    print(json.dumps(found) if as_json else printed)
+            summary = {"output": output, "taken": written.taken, "looks": written.looks.to_dict()}
+    print(json.dumps(summary) if as_json else printed)
 
 
 @app.command(epilog="Example: budgetformer card out --repo-id me/my-budgetformer --license apache-2.0")

@@ -135,15 +135,15 @@ def attend_packed(
     sequence = token = 0
     for count, length, skipped in runs:
         places = slice(token, token + count * length)
-        asking, asked = (slice(sequence, sequence + count), 1) if first else (places, length)
-        q = parts[0][asking].unflatten(0, (count, asked)).transpose(1, 2)  # (count, h, asked, d)
+        asking, queries = (slice(sequence, sequence + count), 1) if first else (places, length)
+        q = parts[0][asking].unflatten(0, (count, queries)).transpose(1, 2)  # (count, h, queries, d)
         k, v = (x[places].unflatten(0, (count, length)).transpose(1, 2) for x in parts[1:])
         last = None if reach.window is None or reach.sees_all(length, first) else reach.window + 1
         if first or last is None:
             part = F.scaled_dot_product_attention(q, k[:, :, skipped:last], v[:, :, skipped:last], dropout_p=dropout)
         else:
             part = attend_band(q, k, v, reach, skipped, dropout)
-        contexts.append(part.transpose(1, 2).reshape(count * asked, -1))  # (count * asked, h * d)
+        contexts.append(part.transpose(1, 2).reshape(count * queries, -1))  # (count * queries, h * d)
         sequence += count
         token += count * length
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
@@ -154,11 +154,11 @@ def _attend_varlen(parts: Sequence[torch.Tensor], sequences: Sequences, reach: R
     query, key, value = (x.contiguous() for x in parts)
     bounds: Any = sequences.bounds
     bounds, longest = bounds.to(query.device), max(sequences.lengths)
-    asking, asked = bounds, longest
+    asking, longest_query = bounds, longest
     if first:
-        asking, asked = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device), 1
+        asking, longest_query = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device), 1
     near = -1 if reach.window is None or reach.sees_all(longest, first) else reach.window
-    context: Any = varlen_attn(query, key, value, asking, bounds, asked, longest, window_size=(near, near))
+    context: Any = varlen_attn(query, key, value, asking, bounds, longest_query, longest, window_size=(near, near))
     return context.flatten(-2)
 
 
@@ -218,10 +218,10 @@ def attend_band(
     context = context.unflatten(0, (query.shape[0], blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
     if not reach.first_is_global:
         return context
-    asked = F.scaled_dot_product_attention(
+    context_of_first = F.scaled_dot_product_attention(
         query[:, :, :1], key[:, :, skipped:], value[:, :, skipped:], dropout_p=dropout
     )
-    return torch.cat([asked, context[:, :, 1:]], 2)
+    return torch.cat([context_of_first, context[:, :, 1:]], 2)
 
 
 def attend_padded(parts: Sequence[torch.Tensor], mask: torch.Tensor | None, reach: Reach = EVERYTHING) -> torch.Tensor:
@@ -236,11 +236,11 @@ def attend_padded(parts: Sequence[torch.Tensor], mask: torch.Tensor | None, reac
         As the query, (B, L or 1, h * d).
     """
     q, k, v = (x.transpose(1, 2) for x in turn(parts, mask, reach))  # (B, h, L, d)
-    asked, length = q.shape[2], k.shape[2]
-    allowed = None if mask is None else (mask != 0)[:, None, None, :].expand(-1, 1, asked, -1)
-    if not reach.sees_all(length, asked < length):
+    queries, length = q.shape[2], k.shape[2]
+    allowed = None if mask is None else (mask != 0)[:, None, None, :].expand(-1, 1, queries, -1)
+    if not reach.sees_all(length, queries < length):
         places = torch.arange(length, device=q.device)
-        near = _near(places[:asked, None], places, reach)
+        near = _near(places[:queries, None], places, reach)
         allowed = near if allowed is None else allowed & near
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(-2)
 

@@ -211,8 +211,8 @@ class BudgetFormerConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As upstream; fields that the stock class calls otherwise are there twice, so that it loads our folders."""
-        found: dict[str, Any] = super().to_dict()
-        return {**found, **{x: found[name] for name, x in BACKBONES[self.backbone_model_type].fields.items()}}
+        fields: dict[str, Any] = super().to_dict()
+        return {**fields, **{x: fields[name] for name, x in BACKBONES[self.backbone_model_type].fields.items()}}
 
     def validate_opening_order(self) -> None:
         """The order names sublayers that there are, and no more units than they have."""

@@ -322,8 +322,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         if self.backbone.rotary is not None:
             raise ValueError(f"a backbone of type {self.config.backbone_model_type!r} has no position table.")
         embeddings: Any = getattr(self.base_model, self.backbone.embeddings[0])
-        found: nn.Embedding = embeddings.position_embeddings
-        return found
+        table: nn.Embedding = embeddings.position_embeddings
+        return table
 
     def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
         """Makes room for longer inputs, see [`positions.extend_positions`]."""
@@ -392,9 +392,9 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         pairs += [(part, getattr(self, name)) for name, part in narrow.head_parts().items()]  # type: ignore[union-attr]
         if norm is not None:
             pairs.append((narrow.norm, getattr(base, norm)))  # type: ignore[union-attr]
-        for own, full in pairs:
-            if own is not None:
-                copy_parameters(own, full)
+        for copy, full in pairs:
+            if copy is not None:
+                copy_parameters(copy, full)
 
     def _full_parts(self) -> list[nn.Module]:
         """The full encoder and its head."""
@@ -563,8 +563,8 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
 
     def recorded(self, kwargs: dict[str, Any], name: str) -> bool:
         """Whether `output_attentions` or `output_hidden_states` is asked for; a list of layers counts."""
-        asked = kwargs.get(name)
-        return bool(getattr(self.config, name, False) if asked is None else asked is not False)
+        requested = kwargs.get(name)
+        return bool(getattr(self.config, name, False) if requested is None else requested is not False)
 
     def recordings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What is to be recorded of the full encoder, as its forward takes it; empty if nothing is."""
@@ -594,12 +594,12 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
             return [reach] * config.num_hidden_layers
         packed = isinstance(embedded.batch, PackedBatch)
         positions: Any = embedded.positions[None] if packed else embedded.positions  # type: ignore[index]
-        rotary, found = getattr(self.base_model, self.backbone.rotary), {}
+        rotary, reaches = getattr(self.base_model, self.backbone.rotary), {}
         for kind in sorted(set(config.layer_types)):
             turned = rotary(embedded.hidden, positions, kind)
             cos, sin = (x[0] for x in turned) if packed else turned
-            found[kind] = Reach((cos, sin), config.local_attention // 2 if kind == "sliding_attention" else None)
-        return [found[kind] for kind in config.layer_types]
+            reaches[kind] = Reach((cos, sin), config.local_attention // 2 if kind == "sliding_attention" else None)
+        return [reaches[kind] for kind in config.layer_types]
 
     def encode_full(self, embedded: Embedded, first: bool = False) -> torch.Tensor:
         """Hidden states of the full encoder, as they lie.
@@ -661,21 +661,21 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
         if isinstance(batch, PaddedBatch):
             mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=batch.mask)
         known = _values_are_known()
-        found = base.encoder(hidden, batch, mask, requested, known, **self.recordings(kwargs))  # type: ignore[operator]
-        states = found.hidden_states
+        encoded = base.encoder(hidden, batch, mask, requested, known, **self.recordings(kwargs))  # type: ignore[operator]
+        states = encoded.hidden_states
         if states is not None:
             states = tuple(x if x is None or x.dim() == 3 else batch.pad(x) for x in states)
-        gates = found.routing.gates
+        gates = encoded.routing.gates
         pooler: Any = base.pooler
         outputs = BudgetFormerModelOutput(
-            last_hidden_state=batch.pad(found.last_hidden_state),
-            pooler_output=None if pooler is None else pooler(batch.first(found.last_hidden_state)[:, None]),
+            last_hidden_state=batch.pad(encoded.last_hidden_state),
+            pooler_output=None if pooler is None else pooler(batch.first(encoded.last_hidden_state)[:, None]),
             hidden_states=states,
-            attentions=found.attentions,
+            attentions=encoded.attentions,
             budget=gates.detach().mean((1, 2)),
             head_gates=gates,
         )
-        return outputs, found.routing, found.loss
+        return outputs, encoded.routing, encoded.loss
 
 
 class BudgetFormerModel(BudgetFormerPreTrainedModel):
@@ -766,11 +766,11 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         recordings = self.recordings(kwargs)
         if not recordings:
             return self._output(embedded, self.encode_full(embedded), getattr(base, "pooler", None), 1.0)
-        found = base(**self.stock_inputs(given), **recordings)
+        outputs = base(**self.stock_inputs(given), **recordings)
         names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
         return BudgetFormerModelOutput(
-            **{name: found[name] for name in names if name in found},  # BERT's cross attentions are empty
-            budget=found[0].new_ones(embedded.rows, dtype=torch.float32),
+            **{name: outputs[name] for name in names if name in outputs},  # BERT's cross attentions are empty
+            budget=outputs[0].new_ones(embedded.rows, dtype=torch.float32),
         )
 
     def _train(
@@ -877,8 +877,8 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
             return None
         return F.cross_entropy(answer.view(-1, answer.shape[-1]), targets["labels"].view(-1))
 
-    def _unite(self, found: Any) -> torch.Tensor:
-        parts = [found[name] for name in self.answer_fields]
+    def _unite(self, outputs: Any) -> torch.Tensor:
+        parts = [outputs[name] for name in self.answer_fields]
         return parts[0] if len(parts) == 1 else torch.stack(parts, -1)
 
     def _output(self, answer: torch.Tensor, **fields: Any) -> Any:
@@ -922,9 +922,9 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
 
     def _record(self, given: dict[str, Any], targets: dict[str, Any], recordings: dict[str, Any]) -> Any:
         """The stock model itself, with what it records."""
-        found = self.stock_class.forward(self, **self.stock_inputs(given), **targets, return_dict=True, **recordings)
-        answer = found[self.answer_fields[0]]
-        return self.output_class(**found, budget=torch.ones(len(answer), device=answer.device))
+        outputs = self.stock_class.forward(self, **self.stock_inputs(given), **targets, return_dict=True, **recordings)
+        answer = outputs[self.answer_fields[0]]
+        return self.output_class(**outputs, budget=torch.ones(len(answer), device=answer.device))
 
     def read_answer(
         self,
@@ -941,15 +941,15 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
             narrow: Whether they are the narrow encoder's.
             targets: Labels, by the stock class's names.
         """
-        own: Any = self.narrow
+        narrow_encoder: Any = self.narrow
         reads_all = self.reads_all()
         first = (embedded.batch.first(hidden) if reads_all else hidden)[:, None]  # (B, 1, D)
-        pooler = own.pooler if narrow else getattr(self.base_model, "pooler", None)
+        pooler = narrow_encoder.pooler if narrow else getattr(self.base_model, "pooler", None)
         outputs = BaseModelOutputWithPooling(
             last_hidden_state=embedded.batch.pad(hidden) if reads_all else first,
             pooler_output=None if pooler is None else pooler(first),
         )
-        answered = _Answered(self, outputs, own.head_parts() if narrow else {})
+        answered = _Answered(self, outputs, narrow_encoder.head_parts() if narrow else {})
         given: dict[str, Any] = {"attention_mask": embedded.mask if reads_all else None}
         if embedded.choices > 1:  # it counts them
             given["inputs_embeds"] = hidden.new_empty(embedded.rows, embedded.choices, 1, 1)
@@ -1017,11 +1017,12 @@ class BudgetFormerTaskModel(BudgetFormerPreTrainedModel):
         target = teacher_logits
         if runs_full:
             if recordings:
-                found: Any = self._record(given, targets, recordings)
+                outputs: Any = self._record(given, targets, recordings)
             else:
                 hidden = self.encode_full(embedded, first=not self.reads_all())
-                found = self.read_answer(embedded, hidden, targets=targets)
-            full, loss, states, attentions = self._unite(found), found.loss, found.hidden_states, found.attentions
+                outputs = self.read_answer(embedded, hidden, targets=targets)
+            full, loss = self._unite(outputs), outputs.loss
+            states, attentions = outputs.hidden_states, outputs.attentions
             target = full.detach()
         if budget is not None:
             look = narrow.order.look(budget)
@@ -1120,13 +1121,13 @@ class BudgetFormerForSequenceClassification(BudgetFormerTaskModel):
             self._check_teacher_logits(teacher_logits, len(inputs_embeds if input_ids is None else input_ids))  # type: ignore[arg-type]
         if self.config.router == "layer":
             embedded = self.embed(given, budget, executor, kwargs)
-            outputs = self._classify_routed(embedded, budget, labels, teacher_logits, kwargs)
-            outputs.head_gates = outputs.head_gates if output_head_gates else None
-            return outputs
-        found: BudgetFormerClassifierOutput = self._run(
+            routed = self._classify_routed(embedded, budget, labels, teacher_logits, kwargs)
+            routed.head_gates = routed.head_gates if output_head_gates else None
+            return routed
+        outputs: BudgetFormerClassifierOutput = self._run(
             given, {"labels": labels}, teacher_logits, budget, executor, kwargs
         )
-        return found
+        return outputs
 
     def diverge(
         self, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, targets: Mapping[str, Any]
@@ -1155,9 +1156,9 @@ class BudgetFormerForSequenceClassification(BudgetFormerTaskModel):
     ) -> BudgetFormerClassifierOutput:
         """With the paper's routers."""
         base: Any = self.base_model
-        found, routing, routers_loss = self.run_routed(embedded, budget, kwargs)
-        said = self.stock_class.forward(_Answered(self, found, {}), labels=labels, return_dict=True)
-        logits, loss = said.logits, said.loss
+        encoded, routing, routers_loss = self.run_routed(embedded, budget, kwargs)
+        answered = self.stock_class.forward(_Answered(self, encoded, {}), labels=labels, return_dict=True)
+        logits, loss = answered.logits, answered.loss
         if routers_loss is not None:
             log = base.encoder.training_log
             if loss is not None:
@@ -1165,17 +1166,17 @@ class BudgetFormerForSequenceClassification(BudgetFormerTaskModel):
             if loss is not None and teacher_logits is not None:
                 loss = (1.0 - self.config.distillation_weight) * loss
             kind = self._problem_type(labels)
-            own = base.encoder.answer_loss(logits, labels, teacher_logits, routing.need, kind) + routers_loss
-            loss = None if loss is None else loss + own
-            logits = attach_loss(logits, own)
+            answer_loss = base.encoder.answer_loss(logits, labels, teacher_logits, routing.need, kind)
+            loss = None if loss is None else loss + answer_loss + routers_loss
+            logits = attach_loss(logits, answer_loss + routers_loss)
             self.training_log = log
         return BudgetFormerClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=found.hidden_states,
-            attentions=found.attentions,
-            budget=found.budget,
-            head_gates=found.head_gates,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            budget=encoded.budget,
+            head_gates=encoded.head_gates,
         )
 
     def _check_teacher_logits(self, teacher_logits: torch.Tensor, batch: int) -> None:
@@ -1219,8 +1220,8 @@ class BudgetFormerForTokenClassification(BudgetFormerTaskModel):
         self, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, targets: Mapping[str, Any]
     ) -> torch.Tensor:
         """Mean over real tokens."""
-        found = teacher_divergence(answer, target, "single_label_classification")
-        return found.mean() if mask is None else found[mask != 0].mean()
+        divergence = teacher_divergence(answer, target, "single_label_classification")
+        return divergence.mean() if mask is None else divergence[mask != 0].mean()
 
 
 class BudgetFormerForQuestionAnswering(BudgetFormerTaskModel):
@@ -1270,10 +1271,10 @@ class BudgetFormerForQuestionAnswering(BudgetFormerTaskModel):
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
-        found: BudgetFormerQuestionAnsweringOutput = self._run(
+        outputs: BudgetFormerQuestionAnsweringOutput = self._run(
             given, {"start_positions": start_positions, "end_positions": end_positions}, None, budget, executor, kwargs
         )
-        return found
+        return outputs
 
     def reads_all(self) -> bool:
         """It does."""
@@ -1294,8 +1295,8 @@ class BudgetFormerForQuestionAnswering(BudgetFormerTaskModel):
         self, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, targets: Mapping[str, Any]
     ) -> torch.Tensor:
         """Mean over both ends."""
-        own, full = (self._over_places(x, mask) for x in (answer, target))
-        return teacher_divergence(own, full, "single_label_classification").mean()
+        narrow, full = (self._over_places(x, mask) for x in (answer, target))
+        return teacher_divergence(narrow, full, "single_label_classification").mean()
 
     def loss_of(self, answer: torch.Tensor, targets: Mapping[str, Any]) -> Any:
         """The stock class's."""

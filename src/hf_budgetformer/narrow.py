@@ -304,32 +304,32 @@ class NarrowEncoder(nn.Module):
             names: Where they keep their parts.
             importance: Of each layer's units; None: by the norms of their weights.
         """
-        own: Any
-        for index, (own, full) in enumerate(zip(self.layer, layers, strict=True)):
+        narrow_layer: Any
+        for index, (narrow_layer, full) in enumerate(zip(self.layer, layers, strict=True)):
             weights = layer_weights(full, names)
-            chosen = weight_importance(weights, own.size) if importance is None else importance[index]
+            chosen = weight_importance(weights, narrow_layer.size) if importance is None else importance[index]
             heads = chosen.heads.to(weights["query", "weight"].device).argsort(descending=True, stable=True)
             neurons = chosen.neurons.to(heads.device).argsort(descending=True, stable=True)
-            _copy_layer(own, weights, heads[: own.heads], neurons[: own.neurons])
+            _copy_layer(narrow_layer, weights, heads[: narrow_layer.heads], neurons[: narrow_layer.neurons])
 
 
 def layer_weights(layer: Any, names: LayerNames) -> dict[tuple[str, str], torch.Tensor]:
     """Weights and biases of a stock layer, by part and kind; of parts that share a matrix, each its rows."""
-    found = {}
+    weights = {}
     for part in vars(names):
         module = names.of(layer, part)
         sharing = [other for other in vars(names) if getattr(names, other) == getattr(names, part)]
         for kind in ("weight", "bias"):  # by attribute, for an adapter around a layer has other parameters too
             value = getattr(module, kind, None)
             if value is not None:
-                found[part, kind] = _gathered(value).chunk(len(sharing))[sharing.index(part)]
-    return found
+                weights[part, kind] = _gathered(value).chunk(len(sharing))[sharing.index(part)]
+    return weights
 
 
 @torch.no_grad()
-def copy_parameters(own: nn.Module, full: nn.Module) -> None:
+def copy_parameters(copy: nn.Module, full: nn.Module) -> None:
     """Copies a module's parameters from another of its kind, which an adapter may have wrapped."""
-    for name, parameter in own.named_parameters():
+    for name, parameter in copy.named_parameters():
         _assign(parameter, _gathered(full.get_parameter(name)))
 
 
@@ -347,16 +347,16 @@ def weight_importance(weights: dict[tuple[str, str], torch.Tensor], size: int) -
 
 
 def _copy_layer(
-    own: NarrowLayer, weights: dict[tuple[str, str], torch.Tensor], heads: torch.Tensor, neurons: torch.Tensor
+    layer: NarrowLayer, weights: dict[tuple[str, str], torch.Tensor], heads: torch.Tensor, neurons: torch.Tensor
 ) -> None:
-    rows = (heads[:, None] * own.size + torch.arange(own.size, device=heads.device)).flatten()
+    rows = (heads[:, None] * layer.size + torch.arange(layer.size, device=heads.device)).flatten()
     parts = ("qkv", "attention_output", "attention_norm", "up", "gate", "down", "feed_forward_norm")
     for part, kind in product(parts, ("weight", "bias")):  # by attribute, see `layer_weights`
-        parameter = getattr(getattr(own, part), kind, None)
+        parameter = getattr(getattr(layer, part), kind, None)
         if parameter is None:
             continue
         if part == "qkv":
-            stacked = [weights[x, kind][rows].unflatten(0, (-1, own.size)) for x in ("query", "key", "value")]
+            stacked = [weights[x, kind][rows].unflatten(0, (-1, layer.size)) for x in ("query", "key", "value")]
             value = torch.stack(stacked, dim=1).flatten(0, 2)
         elif part in ("up", "gate"):
             value = weights[part, kind][neurons]

@@ -449,8 +449,8 @@ class RoutedLayer(BertLayer):
         return self.feed_forward_chunk(self.attention.output(context, hidden_states)), *routing
 
     def _attend(self, hidden: torch.Tensor, batch: PackedBatch, gates: torch.Tensor) -> Any:
-        own = self.attention.self
-        linears = (own.query, own.key, own.value, self.attention.output.dense)
+        projections = self.attention.self
+        linears = (projections.query, projections.key, projections.value, self.attention.output.dense)
         learning = self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type)
         sparse = not learning and all(map(is_plain, linears)) and gathering_pays(gates, batch)
         return attend_open_heads if sparse else attend_gated
@@ -547,21 +547,21 @@ class RoutedEncoder(PreTrainedModel):
 
         The logit is None where all heads run and nothing is learned: there is nothing to route.
         """
-        own, least = self.own_budget(), least_budget(self.config)
+        learned, least = self.own_budget(), least_budget(self.config)
         if requested is not None:
-            mean, everything = requested.mean(0, keepdim=True), torch.ones_like(own).bool()
+            mean, everything = requested.mean(0, keepdim=True), torch.ones_like(learned).bool()
             if not self.training and known and bool((requested == 1.0).all()):
                 return None, mean, everything
             # The own budget stays in the graph, or distributed training would wait for its gradient.
-            return budget_to_logit(requested, least) + 0.0 * own, mean, everything
-        target = torch.full_like(own, self.config.target_budget or 0.0)
+            return budget_to_logit(requested, least) + 0.0 * learned, mean, everything
+        target = torch.full_like(learned, self.config.target_budget or 0.0)
         if not self.training:
-            return own.expand(rows), target, torch.zeros_like(own).bool()
-        draw, which = torch.rand(2, 1, device=own.device, dtype=own.dtype)
+            return learned.expand(rows), target, torch.zeros_like(learned).bool()
+        draw, which = torch.rand(2, 1, device=learned.device, dtype=learned.dtype)
         sampled = which < self.config.budget_sampling
         # In (1/H, 1], most of all low: starting from a trained backbone, it is there that there is most to learn.
         share = self.config.num_attention_heads ** -draw.sqrt()
-        logit = torch.where(sampled, budget_to_logit(share, least), own)
+        logit = torch.where(sampled, budget_to_logit(share, least), learned)
         return logit.expand(rows), torch.where(sampled, share, target), sampled
 
     def _loss(self, routing: Routing, target: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:

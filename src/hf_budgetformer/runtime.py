@@ -219,8 +219,8 @@ class OnnxGraph:
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Inputs (B, L) int64 by name -> logits (B, num_labels) float32."""
         [logits] = self.session.run(["logits"], {name: inputs[name] for name in self.names})
-        found: np.ndarray = logits
-        return found
+        answers: np.ndarray = logits
+        return answers
 
 
 class OpenVINOGraph:

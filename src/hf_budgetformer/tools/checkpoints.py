@@ -133,10 +133,10 @@ def check_single_label(config: Any) -> None:
 
 def distinct_budgets(budgets: Iterable[float | None]) -> list[float | None]:
     """Each budget once, in their order; raises ValueError where one is not allowed, or none is given."""
-    found = list(dict.fromkeys(budgets))
-    if not found or not all(budget is None or is_share(budget) for budget in found):
-        raise ValueError(f"budgets must be floats in (0, 1], or None for a plain call, got {found}.")
-    return found
+    distinct = list(dict.fromkeys(budgets))
+    if not distinct or not all(budget is None or is_share(budget) for budget in distinct):
+        raise ValueError(f"budgets must be floats in (0, 1], or None for a plain call, got {distinct}.")
+    return distinct
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -64,7 +64,7 @@ def split_documents(
             f"max_length must leave more than stride={stride} tokens for text, got {length}, of which {max(0, room)} "
             "remain beside special tokens and text_pair."
         )
-    found = tokenizer(
+    encoded = tokenizer(
         texts,
         pairs,
         truncation=True if pairs is None else "only_first",
@@ -72,8 +72,8 @@ def split_documents(
         stride=stride,
         return_overflowing_tokens=True,
     )
-    rows = {name: found[name] for name in tokenizer.model_input_names if name in found}
-    return Chunks(rows, np.array(found["overflow_to_sample_mapping"]))
+    rows = {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}
+    return Chunks(rows, np.array(encoded["overflow_to_sample_mapping"]))
 
 
 def keep_ends(columns: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def keep_ends(columns: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBa
             half = room // 2
             text = f"{text[: offsets[half - 1][1]]} {text[offsets[half - room][0] :]}"
         texts.append(text)
-    found = tokenizer(texts, pairs, truncation=True if pairs is None else "only_first", max_length=max_length)
-    return {name: found[name] for name in tokenizer.model_input_names if name in found}
+    encoded = tokenizer(texts, pairs, truncation=True if pairs is None else "only_first", max_length=max_length)
+    return {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}
 
 
 def check_chunks(pooling: str | None, stride: int) -> None:
@@ -207,8 +207,8 @@ def answer_documents(
 
     def ask(places: np.ndarray, budget: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         logits, spent = torch.zeros(len(places), model.config.num_labels), torch.zeros(len(places))
-        for found in answer_rows(model, chunks.select(places).rows, tokenizer, batch_size, budget):
-            logits[found.places], spent[found.places] = found.logits, found.spent
+        for answers in answer_rows(model, chunks.select(places).rows, tokenizer, batch_size, budget):
+            logits[answers.places], spent[answers.places] = answers.logits, answers.spent
         return logits, spent
 
     steps = [DocumentLook(None, budget)] if looks is None else looks
@@ -255,10 +255,10 @@ def look_through(
     count = int(owners[-1]) + 1
     left, work, answers = np.arange(count), np.zeros(count), torch.zeros(0)
     known: dict[float | None, torch.Tensor] = {}
-    asked: dict[float | None, np.ndarray] = {}
+    seen: dict[float | None, np.ndarray] = {}
     for number, look in enumerate(looks):
         places = _spread(owners, left, look.chunks)
-        before = asked.setdefault(look.budget, np.zeros(len(owners), dtype=bool))
+        before = seen.setdefault(look.budget, np.zeros(len(owners), dtype=bool))
         new = places[~before[places]]
         if len(new):
             logits, spent = ask(new, look.budget)
@@ -312,16 +312,16 @@ def tune_documents(
 
     def ask(look: DocumentLook) -> tuple[Answers, float]:
         start = time.perf_counter()
-        found = answer_documents(model, chunks, tokenizer, batch_size, pooling=pooling, looks=[look])
-        return found, time.perf_counter() - start
+        answers = answer_documents(model, chunks, tokenizer, batch_size, pooling=pooling, looks=[look])
+        return answers, time.perf_counter() - start
 
     full, whole = ask(DocumentLook(None, 1.0))
     expected = decisions(full.logits, problem).numpy()
     tried = []
     for look in first_looks:
-        found, seconds = ask(look)
-        losses = find_losses(decisions(found.logits, problem).numpy(), expected)
-        sure, work = confidence(found.logits, problem).numpy(), float(found.spent.mean())
+        answers, seconds = ask(look)
+        losses = find_losses(decisions(answers.logits, problem).numpy(), expected)
+        sure, work = confidence(answers.logits, problem).numpy(), float(answers.spent.mean())
         tried.append(FirstLook(work, work, seconds / whole, sure, losses))
     return find_looks(tried, "disagreement", disagreement, confidence_level)
 
@@ -332,11 +332,11 @@ def _spread(owners: np.ndarray, documents: np.ndarray, most: int | None) -> np.n
         return np.flatnonzero(np.isin(owners, documents))
     starts = np.searchsorted(owners, documents)
     ends = np.searchsorted(owners, documents, side="right")
-    found = []
+    places = []
     for start, end in zip(starts, ends, strict=True):
         kept = np.linspace(0, end - start - 1, min(most, end - start))
-        found.append(start + np.round(kept).astype(np.int64))
-    return np.concatenate(found)
+        places.append(start + np.round(kept).astype(np.int64))
+    return np.concatenate(places)
 
 
 __all__ = [

@@ -91,10 +91,10 @@ class Evaluation:
         head = f"{'error':>10}" if is_regression else f"{'accuracy':>10}  {'95% interval':<16}{'agreement':>11}"
         lines = [f"{'budget':>6}{head}{'spent':>8}{'doubtful':>10}"]
         for result in self.results:
-            asked = "plain" if result.asked is None else f"{result.asked:.3f}"
+            name = "plain" if result.asked is None else f"{result.asked:.3f}"
             kept = f"{result.error:>10.4f}" if is_regression else _kept_columns(result)
             doubtful = _percent(result.doubtful)
-            lines.append(f"{asked:>6}{kept}{result.spent:>8.3f}{doubtful:>10}")
+            lines.append(f"{name:>6}{kept}{result.spent:>8.3f}{doubtful:>10}")
         return "\n".join([*lines, f"{self.rows} rows"])
 
 
@@ -153,18 +153,18 @@ def evaluate_budgets(
     full = 1.0 if looks_twice else None
     if budgets is None:
         budgets = BUDGETS if looks_twice else [None]
-    asked = distinct_budgets(budgets)
-    if not budgeted and asked != [None]:
-        raise ValueError(f"budgets must be None for a {ours.config.model_type} model, which takes none, got {asked}.")
+    levels = distinct_budgets(budgets)
+    if not budgeted and levels != [None]:
+        raise ValueError(f"budgets must be None for a {ours.config.model_type} model, which takes none, got {levels}.")
     check_batch_size(batch_size)
     labels, problem = label_values(dataset, ours.config), problem_type(ours.config)
     rows, plain = len(labels), dataset.with_format(None)
-    answers = np.zeros((len(asked), *labels.shape), dtype=labels.dtype)
-    spent = np.ones((len(asked), rows))
+    answers = np.zeros((len(levels), *labels.shape), dtype=labels.dtype)
+    spent = np.ones((len(levels), rows))
     lengths, entropy = np.zeros(rows), np.zeros(rows)
 
     def ask(start: int, inputs: Any, bar: Any) -> None:
-        for index, budget in enumerate(asked):
+        for index, budget in enumerate(levels):
             for places, logits, budgets in answer_rows(ours, inputs, tokenizer, batch_size, budget):
                 places = start + places
                 spent[index, places] = budgets
@@ -179,7 +179,7 @@ def evaluate_budgets(
     was_training, step = model.training, WINDOW * batch_size
     model.eval()
     try:
-        with logging.tqdm(total=rows * len(asked), desc="Evaluating", leave=False, disable=None) as bar:
+        with logging.tqdm(total=rows * len(levels), desc="Evaluating", leave=False, disable=None) as bar:
             for start in range(0, rows, step):
                 inputs = tokenized(plain[start : start + step], tokenizer, max_length)
                 masks = inputs.get("attention_mask")
@@ -189,17 +189,17 @@ def evaluate_budgets(
     finally:
         model.train(was_training)
 
-    if budgeted and None in asked:
-        warn_of_shift(ours.config, int((spent[asked.index(None)] > 1.0).sum()), rows)
+    if budgeted and None in levels:
+        warn_of_shift(ours.config, int((spent[levels.index(None)] > 1.0).sum()), rows)
     sample = np.unique(np.linspace(0, rows - 1, min(rows, MOST_INPUTS)).astype(int))
     inputs = {"length": lengths[sample].tolist()}
-    if full in asked and problem != "regression":
+    if full in levels and problem != "regression":
         inputs["entropy"] = entropy[sample].tolist()
-    if None in asked:
-        inputs["spent"] = spent[asked.index(None)][sample].tolist()
-    full_answers = answers[asked.index(1.0)] if 1.0 in asked else None
+    if None in levels:
+        inputs["spent"] = spent[levels.index(None)][sample].tolist()
+    full_answers = answers[levels.index(1.0)] if 1.0 in levels else None
     results = []
-    for index, budget in enumerate(asked):
+    for index, budget in enumerate(levels):
         figures = describe_answers(answers[index], labels, full_answers, spent[index])
         work, doubtful = figures["mean_budget"], figures["doubtful"]
         if problem == "regression":

@@ -148,10 +148,10 @@ def _answer_at_once(
     batch_size: int,
     budget: float | None,
 ) -> Iterator[Answers]:
-    asked = {} if budget is None else {"budget": budget}
+    options = {} if budget is None else {"budget": budget}
     for places, batch in batches_by_length(rows, tokenizer, batch_size):
         with torch.no_grad():
-            out = model(**batch.to(model.device), **asked)
+            out = model(**batch.to(model.device), **options)
         spent = out.budget.cpu() if model.config.model_type == "budgetformer" else torch.ones(len(places))
         yield Answers(places, out.logits.float().cpu(), spent)
 

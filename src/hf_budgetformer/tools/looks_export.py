@@ -345,12 +345,12 @@ def _ask(classifier: LooksClassifier, rows: Sequence[Encoding], places: np.ndarr
     """Logits of every look, (n, num_labels) each, of the rows in these places (n,); and the seconds each look took."""
     logits = [np.zeros((len(rows), len(classifier.looks.labels)), np.float32) for _ in classifier.graphs]
     seconds = []
-    for number, found in enumerate(logits):
+    for number, scores in enumerate(logits):
         start = time.perf_counter()
         for some in places_by_length(rows, places, _BATCH_SIZE):
-            found[some] = classifier.take_look(number, [rows[place] for place in some]).logits
+            scores[some] = classifier.take_look(number, [rows[place] for place in some]).logits
         seconds.append(time.perf_counter() - start)
-    return [found[places] for found in logits], seconds
+    return [scores[places] for scores in logits], seconds
 
 
 def _calibrate(
@@ -380,24 +380,24 @@ def _calibrate(
     if not has_confidence(config) or not len(places):
         return looks
     exact, _ = _ask(reference, rows, places)
-    found, seconds = (exact, [1.0, 1.0]) if graphs is reference else _ask(graphs, rows, places)
-    answers, expected = ([decisions(logits, kind) for logits in x] for x in (found, exact))
-    same = [find_losses(own, right) == 0 for own, right in zip(answers, expected, strict=True)]
+    logits, seconds = (exact, [1.0, 1.0]) if graphs is reference else _ask(graphs, rows, places)
+    answers, expected = ([decisions(logits, kind) for logits in x] for x in (logits, exact))
+    same = [find_losses(answer, right) == 0 for answer, right in zip(answers, expected, strict=True)]
     agreement = [float(x.mean()) for x in same]
     looks = replace(looks, agreement=agreement)
     if len(looks.graphs) == 1:
         return looks
-    asked = kept_promise(config) or _DEFAULT_PROMISE
-    labels = label_ids(calibration, config)[places] if asked["risk"] == "tolerance" else None
+    promise = kept_promise(config) or _DEFAULT_PROMISE
+    labels = label_ids(calibration, config)[places] if promise["risk"] == "tolerance" else None
     first = FirstLook(
         budget=first_look_budget(config),
         work=looks.costs[0],
         seconds=seconds[0] / seconds[1],
-        confidence=confidence(found[0], kind),
+        confidence=confidence(logits[0], kind),
         losses=find_losses(answers[0], expected[1], labels),
         doubted_losses=find_losses(answers[1], expected[1], labels),
     )
-    risk, level, sure = asked["risk"], asked["level"], asked["confidence"]
+    risk, level, sure = promise["risk"], promise["level"], promise["confidence"]
     if graphs is not reference:  # two full models may be tried, each at half the error
         sure = (1.0 + sure) / 2.0
     tuning = tune_looks([first], risk, level, sure)
@@ -412,7 +412,7 @@ def _calibrate(
         costs=looks.costs[kept],
         thresholds=tuning.confidence or [],
         agreement=agreement[kept],
-        promise={**tuning.promise, "confidence": asked["confidence"]},
+        promise={**tuning.promise, "confidence": promise["confidence"]},
         sha256={name: looks.sha256[name] for name in (TOKENIZER_FILE, *_graph_paths(looks.runtime, names))},
     )
 

@@ -76,9 +76,9 @@ def _read_measured(folder: Path) -> dict[str, Any]:
             place = folder / "budgetformer" / kind
             measured[kind] = []
             for record in read_results(folder, kind):
-                found = read(record.result)
-                found.settings.update(data=record.data, split=record.split)
-                measured[kind].append((record, found))
+                result = read(record.result)
+                result.settings.update(data=record.data, split=record.split)
+                measured[kind].append((record, result))
         place = folder / "budgetformer" / "training.json"
         if place.is_file():
             measured["training"] = training = json.loads(place.read_text(encoding="utf-8"))
@@ -162,8 +162,8 @@ def _about_training(training: dict[str, Any]) -> str:
 def _minutes(training: dict[str, Any]) -> str:
     """What both stages took, in words."""
     first, second = training.get("stage_one_seconds") or 0.0, training["seconds"]
-    told = f"{(first + second) / 60:.1f} minutes"
-    return f"{told}, {first / 60:.1f} of them for the plain model" if first else told
+    total = f"{(first + second) / 60:.1f} minutes"
+    return f"{total}, {first / 60:.1f} of them for the plain model" if first else total
 
 
 def _sections(config: BudgetFormerConfig, name: str, folder: Path, measured: dict[str, Any]) -> dict[str, str]:
@@ -174,8 +174,8 @@ def _sections(config: BudgetFormerConfig, name: str, folder: Path, measured: dic
         "use": _USE.replace("NAME", name).replace("BUDGET", f"{budget:.3g}"),
     }
     for kind, heading in _HEADINGS.items():
-        told = [f"{_plain(record)}\n\n```text\n{found}\n```" for record, found in measured[kind]]
-        parts[kind] = "\n\n".join([f"## {heading}", *told]) if told else ""
+        entries = [f"{_plain(record)}\n\n```text\n{result}\n```" for record, result in measured[kind]]
+        parts[kind] = "\n\n".join([f"## {heading}", *entries]) if entries else ""
     parts["training"] = _about_training(measured["training"]) if measured["training"] else ""
     for part, plots in _draw(folder / "budgetformer" / "plots", measured).items():
         parts[part] += "".join(f"\n\n![{plot.stem}](budgetformer/plots/{plot.name})" for plot in plots)
@@ -234,13 +234,13 @@ def _renew(text: str, parts: dict[str, str], where: Path) -> str:
 
 def _accuracies(measured: dict[str, Any]) -> list[EvalResult]:
     """Of each data set and split the accuracies on the most rows, as far as they still hold."""
-    found: dict[str, list[EvalResult]] = {}
+    by_source: dict[str, list[EvalResult]] = {}
     for record, evaluation in measured["evaluation"]:
-        if "weights" in record.changed or record.source in found:
+        if "weights" in record.changed or record.source in by_source:
             continue
         data = _plain(record.data or "unnamed data")
         about = {"dataset_type": re.sub(r"[^\w./-]+", "-", data), "dataset_name": data, "dataset_split": record.split}
-        found[record.source] = [
+        by_source[record.source] = [
             EvalResult(
                 "text-classification",
                 metric_type="accuracy",
@@ -251,7 +251,7 @@ def _accuracies(measured: dict[str, Any]) -> list[EvalResult]:
             for x in evaluation.results
             if x.accuracy is not None and (x.asked is not None or not record.stale)
         ]
-    return [result for results in found.values() for result in results]
+    return [result for results in by_source.values() for result in results]
 
 
 def _add_metadata(data: Any, name: str, measured: dict[str, Any]) -> None:

@@ -74,8 +74,8 @@ def unit_importance(model: nn.Module, batches: Iterable[Mapping[str, torch.Tenso
                     raise ValueError(f"batches must have labels, got one with the keys {sorted(batch)}.")
                 gradients = torch.autograd.grad(loss, gates)
             # The loss is a mean over the batch.
-            found = [gradient.abs().sum(0).float() * len(gates[0]) for gradient in gradients]
-            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+            batch_sums = [gradient.abs().sum(0).float() * len(gates[0]) for gradient in gradients]
+            sums = [a + b for a, b in zip(sums, batch_sums, strict=True)] if sums else batch_sums
     finally:
         model.train(was_training)
         for hook in hooks:

@@ -91,8 +91,8 @@ def show_text(model: Any, tokenizer: Any, text: str, budget: float | None) -> st
         }
         table["Full model" if look == FULL_LOOK else f"Look {number + 1}"] = pd.Series(cells)
     spent = sum(look.cost for look in looks[: last + 1])
-    told = f"{sum(milliseconds[: last + 1]):.1f} ms, {spent:.0%} of the work. Full model: {milliseconds[-1]:.1f} ms."
-    return f"<h2>{table.loc['Answer'].iloc[last]}</h2><p>{told}</p>{table.style.to_html()}"
+    line = f"{sum(milliseconds[: last + 1]):.1f} ms, {spent:.0%} of the work. Full model: {milliseconds[-1]:.1f} ms."
+    return f"<h2>{table.loc['Answer'].iloc[last]}</h2><p>{line}</p>{table.style.to_html()}"
 
 
 def show_file(model: Any, tokenizer: Any, texts: Any, budgets: Mapping[str, float | None]) -> tuple[str, Any]:
@@ -101,8 +101,8 @@ def show_file(model: Any, tokenizer: Any, texts: Any, budgets: Mapping[str, floa
     answers = {}
     for name, budget in budgets.items():
         start = time.perf_counter()
-        found = pd.DataFrame(predict(model, tokenizer, rows, budget=budget, spent=True))
-        answers[name] = found.assign(seconds=time.perf_counter() - start)
+        predictions = pd.DataFrame(predict(model, tokenizer, rows, budget=budget, spent=True))
+        answers[name] = predictions.assign(seconds=time.perf_counter() - start)
     by_name = pd.concat(answers, axis=1).swaplevel(axis=1)
     same = by_name["label"].eq(by_name["label"]["Full model"], axis=0).mean()
     columns = {"Seconds": by_name["seconds"].max(), "Share of the work": by_name["budget"].mean(), "Agreement": same}
@@ -143,8 +143,8 @@ def build_page(model: Any, tokenizer: Any, checkpoint: str, examples: list[str])
         try:
             texts = pd.DataFrame(read_table(path, labelled=False)[:MOST_ROWS])
         except (OSError, ValueError) as error:  # which may go on about the command line
-            told = str(error).replace(path, Path(path).name).partition(": name the")[0].partition(". Mend")[0]
-            raise gr.Error(escape(told), duration=None, print_exception=False) from None
+            message = str(error).replace(path, Path(path).name).partition(": name the")[0].partition(". Mend")[0]
+            raise gr.Error(escape(message), duration=None, print_exception=False) from None
         finally:
             Path(path).unlink(missing_ok=True)
         shown, table = show_file(model, tokenizer, texts, budgets)

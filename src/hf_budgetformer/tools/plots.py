@@ -84,9 +84,9 @@ def plot_accuracy(evaluation: "Evaluation", path: str | Path) -> Path:
     results = sorted(evaluation.results, key=lambda x: x.spent)
     for axis, name in zip(axes, names, strict=True):
         known = [x for x in results if getattr(x, name) is not None]
-        for asked, color, marker in ((True, "ours", "o-"), (False, "plain", "D")):
-            points = [(x.spent, getattr(x, name)) for x in known if (x.asked is not None) == asked]
-            label = "budget asked for" if asked else "plain call"
+        for uniform, color, marker in ((True, "ours", "o-"), (False, "plain", "D")):
+            points = [(x.spent, getattr(x, name)) for x in known if (x.asked is not None) == uniform]
+            label = "budget asked for" if uniform else "plain call"
             if points:
                 axis.plot(*zip(*points, strict=True), marker, color=COLORS[color], label=label)
         most = max([1.0, *(x.spent for x in results)])
@@ -109,11 +109,11 @@ def plot_accuracy(evaluation: "Evaluation", path: str | Path) -> Path:
 def _by_group(x: Sequence[float], y: Sequence[float], groups: int = 10) -> np.ndarray:
     """Rows in equal groups by rising x: mean x, mean y and half of its 95% interval, (3, groups)."""
     left, right = np.asarray(x), np.asarray(y)
-    found = []
+    means = []
     for group in np.array_split(np.argsort(left, kind="stable"), min(groups, len(left))):
         error = 1.96 * right[group].std() / len(group) ** 0.5
-        found.append((left[group].mean(), right[group].mean(), error))
-    return np.array(found).T
+        means.append((left[group].mean(), right[group].mean(), error))
+    return np.array(means).T
 
 
 def plot_inputs(evaluation: "Evaluation", path: str | Path) -> Path:
@@ -175,11 +175,11 @@ def plot_gains(costs: "CostCard", path: str | Path) -> Path:
         raise ValueError("costs must have accuracies: profile on texts with labels.")
     figure, [axis] = new_figure(1, width=6.0)
     ours = sorted(costs.results, key=lambda x: x.throughput)
-    asked, plain = ([x for x in ours if (x.asked is not None) == kind] for kind in (True, False))
+    uniform, plain = ([x for x in ours if (x.asked is not None) == kind] for kind in (True, False))
     others: list[Any] = [*([costs.stock] if costs.stock else []), *costs.rivals]
     points: Any
     for points, color, mark, label in (
-        (asked, "ours", "o-", "a budget for all"),
+        (uniform, "ours", "o-", "a budget for all"),
         (plain, "plain", "D", "a plain call"),
         (others, "static", "s", "the stock model"),
     ):
@@ -190,7 +190,7 @@ def plot_gains(costs: "CostCard", path: str | Path) -> Path:
             for x in points:
                 axis.vlines(x.throughput, *x.interval, color=COLORS[color], linewidth=0.8, alpha=0.6)
     place: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, -10), "fontsize": 7}
-    for x in asked:
+    for x in uniform:
         axis.annotate(f"{x.asked:.3g}", (x.throughput, x.accuracy), **place)
     for number, rival in enumerate(sorted(costs.rivals, key=lambda x: x.throughput)):  # neighbours one above the other
         axis.annotate(rival.name, (rival.throughput, rival.accuracy), **{**place, "xytext": (4, 5 + 9 * (number % 2))})

@@ -83,14 +83,14 @@ def predict(
         answers: list[dict[str, Any]] = [{"row": number, "error": fault} for number, (_, fault) in window]
         sound = [(answer, row) for answer, (_, (row, fault)) in zip(answers, window, strict=True) if not fault]
         columns = {name: [row[name] for _, row in sound] for name in (sound[0][1] if sound else ())}
-        found: Iterable[Answers] = ()
+        batches: Iterable[Answers] = ()
         if sound and chunks is not None:
             parts = split_documents(columns, tokenizer, max_length, stride)
-            found = [answer_documents(model, parts, tokenizer, batch_size, budget, chunks)]
+            batches = [answer_documents(model, parts, tokenizer, batch_size, budget, chunks)]
         elif sound:
             inputs = tokenized(columns, tokenizer, max_length)
-            found = answer_rows(model, inputs, tokenizer, batch_size, budget)
-        for places, logits, budgets in found:
+            batches = answer_rows(model, inputs, tokenizer, batch_size, budget)
+        for places, logits, budgets in batches:
             if counts:
                 doubted, counted = doubted + int((budgets > 1.0).sum()), counted + len(places)
             for index, place in enumerate(places):
@@ -200,8 +200,8 @@ def _stamp(source: str) -> list[int]:
     """Size and time of a file, of anything else nothing."""
     if not os.path.isfile(source):
         return []
-    found = os.stat(source)
-    return [found.st_size, found.st_mtime_ns]
+    status = os.stat(source)
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _cut_to_windows(path: Path, window: int) -> int:

@@ -306,7 +306,7 @@ def _measure_energy(
     logging.getLogger("codecarbon").setLevel("CRITICAL")  # before it has read its own setting, it talks
     nowhere: dict[str, Any] = {"output_methods": [], "emissions_endpoint": None, "electricitymaps_api_token": None}
     tracker = OfflineEmissionsTracker(tracking_mode="process", log_level="critical", **nowhere)
-    found = []
+    energies = []
     try:
         for run in runs:
             tracker.start_task()
@@ -316,13 +316,13 @@ def _measure_energy(
                     run(batch)
                 inputs += rows
             used = tracker.stop_task()
-            found.append((1000 * used.energy_consumed / inputs, 1000 * used.emissions / inputs))
+            energies.append((1000 * used.energy_consumed / inputs, 1000 * used.emissions / inputs))
     finally:
         tracker.stop()
     # Nothing public tells how the figures came about; only CPU can be without a counter, other chips always read one.
-    way = next((part._mode for part in tracker._hardware if type(part).__name__ == "CPU"), "counter")
+    method = next((part._mode for part in tracker._hardware if type(part).__name__ == "CPU"), "counter")
     carbon = used.country_iso_code or "the world in the mean"
-    return found, {"estimated": way in ("cpu_load", "constant"), "cpu": way, "carbon": carbon}
+    return energies, {"estimated": method in ("cpu_load", "constant"), "cpu": method, "carbon": carbon}
 
 
 def _find_hardware(device: torch.device) -> dict[str, Any]:
@@ -388,7 +388,7 @@ def cost_card(
     _check_comparable(against, ours)
     if budgets is None:
         budgets = BUDGETS if ours.config.full_encoder else [None]
-    asked = distinct_budgets(budgets)
+    levels = distinct_budgets(budgets)
     for name, count in (("batch_size", batch_size), ("rows", rows), ("repeats", repeats)):
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {count!r}.")
@@ -423,7 +423,7 @@ def cost_card(
     model.eval()
     try:
         with torch.no_grad():
-            return _measure(ours, asked, batches, unsorted_batches, singles, labels, settings, energy)
+            return _measure(ours, levels, batches, unsorted_batches, singles, labels, settings, energy)
     finally:
         model.train(was_training)
 
@@ -488,19 +488,19 @@ def _measure(
     energy: bool,
 ) -> CostCard:
     stock = stock_model(model) if model.config.full_encoder else None
-    ways = [partial(model, budget=budget) for budget in budgets]
+    calls = [partial(model, budget=budget) for budget in budgets]
     owners = [model] * len(budgets)
-    asked = list(budgets)
+    levels = list(budgets)
     if stock is not None:
         _check_answers(model, stock, batches)
-        ways, owners, asked = [stock, *ways], [stock, *owners], [None, *asked]
+        calls, owners, levels = [stock, *calls], [stock, *owners], [None, *levels]
 
-    def run(way: Callable[..., Any], batch: Any) -> None:
-        way(**batch).logits.cpu()  # which waits for the device
+    def run(call: Callable[..., Any], batch: Any) -> None:
+        call(**batch).logits.cpu()  # which waits for the device
 
     runtimes = [name for name in settings["against"] if name in RIVALS]
     rivals = make_rivals(runtimes, model, batches, settings["threads"])
-    runs, rows = [partial(run, way) for way in ways], len(singles)
+    runs, rows = [partial(run, call) for call in calls], len(singles)
     timed: list[Callable[[Any], Any]] = [*runs, *(rival.answer for rival in rivals.values())]
     largest = max(batches, key=lambda batch: batch["input_ids"].numel())
     used, source = _measure_energy(runs, batches, rows) if energy else ([(None, None)] * len(runs), None)
@@ -516,20 +516,20 @@ def _measure(
         _measure_times(batched, pairs, settings["repeats"], "Timing batches").sum(1), axis=0
     )  # (runs,)
     costs = []
-    for place, (way, owner) in enumerate(zip(ways, owners, strict=True)):
+    for place, (call, owner) in enumerate(zip(calls, owners, strict=True)):
         with HeldMemory([*owner.parameters(), *owner.buffers()]) as held:
             runs[place](largest)
         rate, spent, paid = rates[place].item(), 1.0, None
-        logits: Iterable[torch.Tensor] = (way(**batch).logits for batch in batches)
+        logits: Iterable[torch.Tensor] = (call(**batch).logits for batch in batches)
         if owner is model:
-            outs = [way(**batch) for batch in batches]
+            outs = [call(**batch) for batch in batches]
             spent, logits = sum(out.budget.sum().item() for out in outs) / rows, [out.logits for out in outs]
         if owner is model and stock is not None:
             paid = inputs_to_break_even(settings["training_seconds"], rates[0].item(), rate)
         cost = BudgetCost(
-            asked=asked[place],
+            asked=levels[place],
             spent=spent,
-            flops=sum(count_flops(partial(way, **batch)) for batch in batches) / rows,
+            flops=sum(count_flops(partial(call, **batch)) for batch in batches) / rows,
             latency_p50=latency[0, place].item(),
             latency_p95=latency[1, place].item(),
             throughput=rate,

@@ -211,15 +211,15 @@ def _check_labels(
         names, problem = list(labels or names), known.problem_type
     else:
         problem = problem or find_problem(train)
-        found = list(labels or label_names(train, problem))
+        data_names = list(labels or label_names(train, problem))
         # A checkpoint without a classifier has none of these architectures, and two labels by default.
         has_head = any("SequenceClassification" in name for name in known.architectures or [])
-        if has_head and not new_head and len(found) != len(names):
+        if has_head and not new_head and len(data_names) != len(names):
             raise ValueError(
-                f"checkpoint {checkpoint} has {len(names)} labels, {names}, the data have {len(found)}, {found}: give "
-                "new_head=True (--new-head) to train a classifier of its own for them."
+                f"checkpoint {checkpoint} has {len(names)} labels, {names}, the data have {len(data_names)}, "
+                f"{data_names}: give new_head=True (--new-head) to train a classifier of its own for them."
             )
-        names = found
+        names = data_names
     return _label_fields(names, problem)
 
 
@@ -376,11 +376,16 @@ def train_classifier(
     def run(
         model: Any, rows: "Dataset", folder: Path, stage: str, resumed: str | None, **changes: Any
     ) -> tuple[Trainer, dict[str, float]]:
-        own = copy.copy(arguments)
+        stage_arguments = copy.copy(arguments)
         for name, value in {"output_dir": str(folder), **changes}.items():
-            setattr(own, name, value)
+            setattr(stage_arguments, name, value)
         trainer = Trainer(
-            model, own, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer, compute_metrics=_accuracy
+            model,
+            stage_arguments,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            compute_metrics=_accuracy,
         )
         if model.config.model_type == "budgetformer":
             BudgetCallback(order=not together).attach(trainer)
@@ -434,7 +439,7 @@ def train_classifier(
     trainer, metrics = run(model, rows, output, stage[:1].upper() + stage[1:], resumed, **changes)
     if held_out is not None:
         metrics |= _plain_calls(model, held_out, tokenizer, arguments.per_device_eval_batch_size)
-    found = {
+    training = {
         "base_model": checkpoint,
         "teacher": None if together else start,
         "dataset": source,
@@ -449,8 +454,8 @@ def train_classifier(
         "stage_one_log_history": stage_one["log_history"],
     }
     if trainer.is_world_process_zero():
-        write_json(output / "budgetformer" / "training.json", found)
-    return found
+        write_json(output / "budgetformer" / "training.json", training)
+    return training
 
 
 __all__ = ["find_problem", "label_names", "last_checkpoint", "taught_rows", "train_classifier"]

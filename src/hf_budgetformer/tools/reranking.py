@@ -109,11 +109,11 @@ def choose_keep(losses: np.ndarray, risk: str, level: float, confidence: float =
 
     def test(keep: int, mean: float) -> float:
         """Largest probability of so little loss if its mean were `mean` or more."""
-        found = losses[:, keep]
+        lost = losses[:, keep]
         if signed:
-            return math.exp(min(-float(log_capital(np.ones(len(found)), mean, found)), 0.0))
-        changed = int(found.sum())
-        return float(p_values(np.array([[0, len(found) - changed, changed]]), mean, signed=False)[0])
+            return math.exp(min(-float(log_capital(np.ones(len(lost)), mean, lost)), 0.0))
+        changed = int(lost.sum())
+        return float(p_values(np.array([[0, len(lost) - changed, changed]]), mean, signed=False)[0])
 
     most = losses.shape[1] - 1
     passed = count_passed(np.array([test(keep, level) for keep in range(most, -1, -1)]), error)
@@ -146,13 +146,14 @@ class RankingTuning:
         return asdict(self)
 
     def __str__(self) -> str:
-        asked = self.settings
-        sure = f"with {100 * asked['confidence']:.3g}% confidence"
-        of = f"queries like the {asked['queries']:,} of the calibration, {sure}"
-        if asked["risk"] == "lost_ndcg":
-            promise = f"loses at most {asked['level']:g} of NDCG@{asked['top_k']} on the full model's for {of}"
+        settings = self.settings
+        sure = f"with {100 * settings['confidence']:.3g}% confidence"
+        of = f"queries like the {settings['queries']:,} of the calibration, {sure}"
+        if settings["risk"] == "lost_ndcg":
+            promise = f"loses at most {settings['level']:g} of NDCG@{settings['top_k']} on the full model's for {of}"
         else:
-            promise = f"changes the full model's best {asked['top_k']} for at most {100 * asked['level']:.3g}% of {of}"
+            share = f"{100 * settings['level']:.3g}%"
+            promise = f"changes the full model's best {settings['top_k']} for at most {share} of {of}"
         if self.keep == 1.0 and isinstance(self.keep, float):
             return f"No ranking in two stages that saves work was shown to be one that {promise}."
         first, last = (f"{budget:.3g}" for budget in self.budgets)
@@ -214,8 +215,8 @@ def _score(
     """Scores (n,) float32 of the rows at `places` (n,)."""
     scores = np.empty(len(places), np.float32)
     chosen = {name: [values[place] for place in places] for name, values in rows.items()}
-    for found, batch in batches_by_length(chosen, tokenizer, batch_size):
-        scores[found] = model(**batch.to(model.device), budget=budget).logits[:, 0].float().cpu().numpy()
+    for indices, batch in batches_by_length(chosen, tokenizer, batch_size):
+        scores[indices] = model(**batch.to(model.device), budget=budget).logits[:, 0].float().cpu().numpy()
     return scores
 
 
@@ -264,9 +265,9 @@ def rank(
     """
     config: Any = getattr(model, "config", None)
     stored = getattr(config, "ranking", None) or {}
-    asked: Sequence[float] = budgets or stored.get("budgets", BUDGETS)
-    ours = _check_ranker(model, asked)
-    first, last = asked
+    levels: Sequence[float] = budgets or stored.get("budgets", BUDGETS)
+    ours = _check_ranker(model, levels)
+    first, last = levels
     _check_passages("passages", passages)
     check_batch_size(batch_size)
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
@@ -335,8 +336,8 @@ def tune_ranking(
     """
     ours = _check_ranker(model, budgets)
     check_batch_size(batch_size)
-    asked = {"lost_ndcg": lost_ndcg, "changed": changed}
-    named = {name: level for name, level in asked.items() if level is not None} or {"changed": 0.05}
+    promises = {"lost_ndcg": lost_ndcg, "changed": changed}
+    named = {name: level for name, level in promises.items() if level is not None} or {"changed": 0.05}
     if len(named) > 1:
         raise ValueError(f"one of lost_ndcg and changed must be given, got {named}.")
     [(risk, level)] = named.items()
@@ -365,13 +366,13 @@ def tune_ranking(
     costs = [1.0 if budget == 1.0 else ours.narrow.order.look(budget).cost for budget in budgets]
     work = costs[0] + costs[1] * float(np.mean([min(keep, len(given)) / len(given) for given in passages]))
     settings = {"risk": risk, "level": level, "confidence": confidence, "queries": len(queries), "top_k": top_k}
-    found = RankingTuning(keep, budgets, work, float(losses[:, keep].mean()), bound, settings)
+    tuning = RankingTuning(keep, budgets, work, float(losses[:, keep].mean()), bound, settings)
     if work >= costs[1]:
-        found = RankingTuning(1.0, budgets, costs[1], 0.0, 0.0, settings)
+        tuning = RankingTuning(1.0, budgets, costs[1], 0.0, 0.0, settings)
     if write:
-        numbers = {"lost": round(found.lost, 6), "bound": round(found.bound, 6)}
-        ours.config.ranking = {"budgets": list(budgets), "keep": found.keep, **settings, **numbers}
-    return found
+        numbers = {"lost": round(tuning.lost, 6), "bound": round(tuning.bound, 6)}
+        ours.config.ranking = {"budgets": list(budgets), "keep": tuning.keep, **settings, **numbers}
+    return tuning
 
 
 __all__ = [

@@ -127,8 +127,8 @@ def read_results(folder: str | Path, kind: str) -> list[Record]:
             measured = {name: values[name] for name in ("data", "split", "rows")}
             records.append(Record(**measured, **state, changed=changed, result=dict(values["result"])))
         except (ValueError, TypeError, KeyError) as error:
-            told = f"{path} does not hold what it should ({error!r}): make it again, or delete it."
-            raise ValueError(told) from error
+            message = f"{path} does not hold what it should ({error!r}): make it again, or delete it."
+            raise ValueError(message) from error
     return sorted(records, key=lambda record: (record.stale, -record.rows))
 
 

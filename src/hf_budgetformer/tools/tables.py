@@ -79,12 +79,12 @@ def _open(source: str, split: str | None) -> tuple[Iterator[Any], Mapping[str, A
             raise ValueError(f"{source} is no parquet file ({error}).") from None
     if path.suffix in FILES or (source.startswith((".", "/", "~")) and not path.is_dir()):
         raise FileNotFoundError(f"{source}: there is no such file or folder.")
-    found = load_dataset(source, split=split)
-    if isinstance(found, DatasetDict):
-        if len(found) > 1:
-            raise ValueError(f"{source}: split must be one of {list(found)}, got none (--split).")
-        [found] = found.values()
-    return iter(found), found.features
+    dataset = load_dataset(source, split=split)
+    if isinstance(dataset, DatasetDict):
+        if len(dataset) > 1:
+            raise ValueError(f"{source}: split must be one of {list(dataset)}, got none (--split).")
+        [dataset] = dataset.values()
+    return iter(dataset), dataset.features
 
 
 def _fault(row: Any, wanted: Mapping[str, str]) -> str | None:

@@ -267,12 +267,12 @@ def add_teacher_logits(
                 logits[place] = answer
         return {"teacher_logits": logits}
 
-    asked = [dataset._fingerprint, weights_digest(model), Hasher.hash(tokenizer), max_length]
+    inputs = [dataset._fingerprint, weights_digest(model), Hasher.hash(tokenizer), max_length]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return dataset.map(ask, batched=True, new_fingerprint=Hasher.hash(asked), desc="Asking the teacher")
+            return dataset.map(ask, batched=True, new_fingerprint=Hasher.hash(inputs), desc="Asking the teacher")
     finally:
         model.train(was_training)
 
@@ -315,14 +315,14 @@ def mix_rows(dataset: "Dataset", times: int, tokenizer: PreTrainedTokenizerBase,
     words = [[place for place, token in enumerate(row) if token not in special] for row in ids]
     mixed = []
     for _ in range(times):
-        for row, own in zip(ids, words, strict=True):
+        for row, places in zip(ids, words, strict=True):
             other = draw.randrange(len(ids))
-            count = min(max(1, int(len(own) * draw.uniform(0.15, 0.5))), len(own), len(words[other]))
-            target = draw.randrange(len(own) - count + 1)
+            count = min(max(1, int(len(places) * draw.uniform(0.15, 0.5))), len(places), len(words[other]))
+            target = draw.randrange(len(places) - count + 1)
             source = draw.randrange(len(words[other]) - count + 1)
             changed = list(row)
             for step in range(count):
-                changed[own[target + step]] = ids[other][words[other][source + step]]
+                changed[places[target + step]] = ids[other][words[other][source + step]]
             mixed.append(changed)
     rest = {name: plain[name][:] * times for name in columns if name != "input_ids"}
     return Dataset.from_dict({"input_ids": mixed, **rest}, features=plain.features)

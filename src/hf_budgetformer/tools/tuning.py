@@ -216,32 +216,32 @@ def _find_threshold(look: FirstLook, risk: str, level: float, error: float) -> T
         chances = p_values(tested, limit, signed)
         chances[-1] = float(limit < -_SLACK)  # without second looks nothing is left to chance
         passed = count_passed(chances[::-1], error)
-        found = len(thresholds) - passed
+        place = len(thresholds) - passed
     else:
         tested = lost
         passed = count_passed(p_values(tested, level, signed), error)
-        found = passed - 1
+        place = passed - 1
     if not passed:
         return TestedLooks(look.budget, None, 1.0, 1.0, 1.0, 0.0, 0.0)
-    share = float(doubted[found] / rows)
-    bound = upper_bound(lambda mean: p_values(tested[found][None], mean, signed)[0], error)
+    share = float(doubted[place] / rows)
+    bound = upper_bound(lambda mean: p_values(tested[place][None], mean, signed)[0], error)
     if risk == "mean_budget":
-        bound = look.work + (bound if THRESHOLDS[found] else 0.0)
+        bound = look.work + (bound if THRESHOLDS[place] else 0.0)
     return TestedLooks(
         budget=look.budget,
-        threshold=THRESHOLDS[found],
+        threshold=THRESHOLDS[place],
         doubted=share,
         work=look.work + share,
         seconds=look.seconds + share,
-        risk=float((lost[found, 2] - lost[found, 0]) / rows),
+        risk=float((lost[place, 2] - lost[place, 0]) / rows),
         bound=bound,
     )
 
 
 def _count_losses(first: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """How many rows lose -1, 0 and 1, (T + 1, 3), by the `first` (N,) of T thresholds at which their answers stand."""
-    found: np.ndarray = np.bincount(3 * first + losses + 1, minlength=3 * len(THRESHOLDS) + 3).reshape(-1, 3)
-    return found
+    counts: np.ndarray = np.bincount(3 * first + losses + 1, minlength=3 * len(THRESHOLDS) + 3).reshape(-1, 3)
+    return counts
 
 
 def count_passed(chances: np.ndarray, error: float) -> int:
@@ -351,14 +351,14 @@ def check_looks_twice(model: nn.Module) -> Any:
 
 def _check_first_looks(budgets: Iterable[float], config: Any) -> list[float]:
     """Each budget once, in their order; raises ValueError where one is none of a first look, or none is given."""
-    found = list(dict.fromkeys(budgets))
-    if not found:
+    distinct = list(dict.fromkeys(budgets))
+    if not distinct:
         raise ValueError("budgets must hold at least one, that of a first look, got none.")
-    for budget in found:
+    for budget in distinct:
         if not is_share(budget) or budget > config.narrow_budget:
             narrow = f"narrow_budget={config.narrow_budget:g}"
             raise ValueError(f"budget must be at most {narrow}, that of a first look, got {budget!r}.")
-    return found
+    return distinct
 
 
 def find_losses(answers: np.ndarray, full: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
@@ -411,17 +411,17 @@ class Calibration:
     ) -> None:
         ours = check_looks_twice(model)
         self.budgets = _check_first_looks(budgets, ours.config)
-        asked = [*self.budgets, 1.0] if full else self.budgets
-        answers: dict[float, list[torch.Tensor]] = {budget: [] for budget in asked}
-        confidence: dict[float, list[torch.Tensor]] = {budget: [] for budget in asked}
-        self.seconds = dict.fromkeys(asked, 0.0)
+        levels = [*self.budgets, 1.0] if full else self.budgets
+        answers: dict[float, list[torch.Tensor]] = {budget: [] for budget in levels}
+        confidence: dict[float, list[torch.Tensor]] = {budget: [] for budget in levels}
+        self.seconds = dict.fromkeys(levels, 0.0)
         was_training, device, kind = model.training, ours.narrow.steps.device, ours.config.problem_type
         model.eval()
         try:
             for batch in batches:
                 inputs = {name: x for name, x in batch.items() if name not in _NOT_INPUTS}
                 inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-                for budget in asked:
+                for budget in levels:
                     start = time.perf_counter()
                     logits = ours(**inputs, budget=budget).logits
                     confidence[budget].append(margin_of(logits, kind).cpu())
@@ -429,7 +429,7 @@ class Calibration:
                     self.seconds[budget] += time.perf_counter() - start
         finally:
             model.train(was_training)
-        if not confidence[asked[0]]:
+        if not confidence[levels[0]]:
             raise ValueError("batches must hold at least one batch, got none.")
         self.work = {budget: ours.narrow.order.look(budget).cost for budget in self.budgets}
         self.answers = {budget: torch.cat(parts).numpy() for budget, parts in answers.items()}
@@ -564,8 +564,8 @@ def tune(
         ValueError: An argument is not allowed, or rows are too few to show the level at all; says how many it takes.
     """
     ours = check_looks_twice(model)
-    asked = {"disagreement": disagreement, "tolerance": tolerance, "mean_budget": mean_budget}
-    named = {name: level for name, level in asked.items() if level is not None} or {"disagreement": 0.01}
+    promises = {"disagreement": disagreement, "tolerance": tolerance, "mean_budget": mean_budget}
+    named = {name: level for name, level in promises.items() if level is not None} or {"disagreement": 0.01}
     if len(named) > 1:
         raise ValueError(f"one of disagreement, tolerance and mean_budget must be given, got {named}.")
     [(risk, level)] = named.items()
@@ -594,10 +594,10 @@ def tune(
     calibration = Calibration(model, batches(), candidates)
     if labels is not None:
         labels = labels[np.concatenate(order)]
-    found = choose_looks(calibration, risk, level, confidence, labels)
+    tuning = choose_looks(calibration, risk, level, confidence, labels)
     if write:
-        apply_tuning(ours.config, found, calibration)
-    return found
+        apply_tuning(ours.config, tuning, calibration)
+    return tuning
 
 
 def warn_of_shift(config: Any, doubted: int, rows: int) -> None:
