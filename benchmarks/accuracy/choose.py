@@ -45,14 +45,14 @@ def score(narrow: np.ndarray, full: np.ndarray, labels: np.ndarray, budget: floa
     def of(answers: np.ndarray) -> dict[str, float]:
         return {"accuracy": float((answers == labels).mean()), "agreement": float((answers == expected).mean())}
 
-    found: dict[str, Any] = {**of(narrow.argmax(-1)), "divergence": float(divergence.mean())}
+    scores: dict[str, Any] = {**of(narrow.argmax(-1)), "divergence": float(divergence.mean())}
     doubtful = np.argsort(margin(narrow), kind="stable")
     for mean in MEANS:
         if mean >= budget:
             answers, on = narrow.argmax(-1).copy(), doubtful[: round((mean - budget) * len(full))]
             answers[on] = expected[on]
-            found[f"looks {mean}"] = of(answers)
-    return found
+            scores[f"looks {mean}"] = of(answers)
+    return scores
 
 
 def taught_otherwise(full: Path, rows: Rows, recipe: dict[str, Any], seed: int) -> datasets.Dataset:
@@ -98,15 +98,15 @@ def main() -> None:
                 taught = taught_otherwise(folder, rows, recipe, seed)
                 recipe["epochs"] *= len(rows.train) / len(taught)
                 model, seconds = train_by_recipe(folder, rows.train, taught, recipe, seed)
-                found = {"full": {"accuracy": float((full.argmax(-1) == labels).mean())}}
+                scores = {"full": {"accuracy": float((full.argmax(-1) == labels).mean())}}
                 for label, budget in BUDGETS.items():
-                    found[label] = score(ask(model, rows.calibration, budget=budget), full, labels, budget)
+                    scores[label] = score(ask(model, rows.calibration, budget=budget), full, labels, budget)
                 about = {"data": name, "trial": trial, "seed": seed, "recipe": trials[trial], "seconds": round(seconds)}
                 about |= {"sha256": rows.sha256, "environment": environment()}
                 target.parent.mkdir(exist_ok=True)
-                target.write_text(json.dumps({**about, **found}, indent=1) + "\n")
-                told = "; ".join(f"{x} {found[x]['agreement']:.4f}, {found[x]['divergence']:.4f}" for x in BUDGETS)
-                print(f"{name}, {trial}, seed {seed}: {seconds:.0f} s; agreement, divergence: {told}", flush=True)
+                target.write_text(json.dumps({**about, **scores}, indent=1) + "\n")
+                line = "; ".join(f"{x} {scores[x]['agreement']:.4f}, {scores[x]['divergence']:.4f}" for x in BUDGETS)
+                print(f"{name}, {trial}, seed {seed}: {seconds:.0f} s; agreement, divergence: {line}", flush=True)
 
 
 if __name__ == "__main__":

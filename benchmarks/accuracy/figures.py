@@ -77,9 +77,9 @@ class Run:
 
     def look(self, budget: float, threshold: float) -> dict[str, Any]:
         """A first look, and the full model where it is less confident than `threshold`."""
-        own = self.answers["test"][self.find(budget)]
-        doubted = margin(own) < threshold
-        decided = np.where(doubted, self.full["test"].argmax(-1), own.argmax(-1))
+        first = self.answers["test"][self.find(budget)]
+        doubted = margin(first) < threshold
+        decided = np.where(doubted, self.full["test"].argmax(-1), first.argmax(-1))
         return self.score(decided, budget + doubted.mean())
 
     def looks(self, mean: float, candidates: tuple[float, ...] = FIRST_LOOKS) -> dict[str, Any]:
@@ -89,10 +89,10 @@ class Run:
         for budget in candidates:
             if budget > mean:
                 continue
-            own = self.answers["calibration"][self.find(budget)]
-            sure = margin(own)
+            first = self.answers["calibration"][self.find(budget)]
+            sure = margin(first)
             threshold = np.quantile(sure, mean - budget) if mean > budget else 0.0
-            same = np.where(sure < threshold, full, own.argmax(-1)) == full
+            same = np.where(sure < threshold, full, first.argmax(-1)) == full
             if best is None or same.mean() > best[0]:
                 best = (same.mean(), budget, threshold)
         return {**self.look(best[1], best[2]), "first": best[1]}
@@ -100,13 +100,13 @@ class Run:
     def tuned(self, level: float) -> dict[str, Any]:
         """What `tune` promises for that disagreement, and what comes of it."""
         full = self.full["calibration"].argmax(-1)
-        found = []
+        first_looks = []
         for budget in FIRST_LOOKS:
-            own = self.answers["calibration"][self.find(budget)]
-            losses = (own.argmax(-1) != full).astype(int)
-            found.append(FirstLook(budget, budget, budget, margin(own), losses))
+            first = self.answers["calibration"][self.find(budget)]
+            losses = (first.argmax(-1) != full).astype(int)
+            first_looks.append(FirstLook(budget, budget, budget, margin(first), losses))
         try:
-            best = best_looks(find_looks(found, "disagreement", level), "disagreement")
+            best = best_looks(find_looks(first_looks, "disagreement", level), "disagreement")
         except ValueError:  # rows are too few
             best = None
         if best is None or best.budget == 1.0:
@@ -130,9 +130,9 @@ class Run:
         decided = self.full[split].argmax(-1).copy()
         cost = np.ones(len(decided))
         for share in sorted(self.answers[split], reverse=True):
-            own = self.answers[split][share]
-            sure = margin(own) >= threshold
-            decided[sure], cost[sure] = own.argmax(-1)[sure], share
+            logits = self.answers[split][share]
+            sure = margin(logits) >= threshold
+            decided[sure], cost[sure] = logits.argmax(-1)[sure], share
         return decided, cost
 
 
@@ -152,12 +152,12 @@ class Times:
 
     def second_look(self) -> float:
         """Of an input that goes on to the full model, in the small batch of those that do."""
-        found = []
+        times = []
         for key, time in self.ratios.items():
             if key.startswith("look "):
                 budget, share = key.removeprefix("look ").split(", then ")
-                found.append((time - self.constant(float(budget))) / float(share))
-        return float(np.median(found)) if found else 1.0
+                times.append((time - self.constant(float(budget))) / float(share))
+        return float(np.median(times)) if times else 1.0
 
     def exits(self, mean: float) -> float:
         """Of early exit at that mean."""
@@ -170,7 +170,7 @@ class Times:
 
 def read_runs(work: Path, settings: dict[str, Any]) -> dict[tuple[str, int], dict[str, Run]]:
     """By data set and seed, and by method."""
-    found: dict[tuple[str, int], dict[str, Run]] = {}
+    runs: dict[tuple[str, int], dict[str, Run]] = {}
     for name in settings["data"]:
         for folder in sorted(path.parent for path in work.glob(f"{name}-[0-9]/labels.npz")):
             full, labels = dict(np.load(folder / "full" / "logits.npz")), dict(np.load(folder / "labels.npz"))
@@ -185,44 +185,44 @@ def read_runs(work: Path, settings: dict[str, Any]) -> dict[tuple[str, int], dic
                         split, share = key.split(" ")
                         answers[split][float(share)] = stored[key]
                 methods[method] = Run(answers, full, labels, float(stored["seconds"]))
-            found[name, int(folder.name[-1])] = methods
-    return found
+            runs[name, int(folder.name[-1])] = methods
+    return runs
 
 
 def outcomes(runs: dict[str, Run], times: Times) -> dict[str, dict[str, Any]]:
     """Everything that is compared, of one data set and seed: right, same, cost of each."""
-    found: dict[str, dict[str, Any]] = {}
+    outcome_of: dict[str, dict[str, Any]] = {}
     if run := runs.get("narrow"):
         full = run.full["test"].argmax(-1)
-        found["full"] = run.score(full, 1.0)
+        outcome_of["full"] = run.score(full, 1.0)
         for budget, label in ((1 / 4, "1/4"), (1 / 6, "1/6"), (1 / 8, "1/8"), (1 / 12, "1/12")):
-            found[f"constant {label}"] = run.constant(budget)
+            outcome_of[f"constant {label}"] = run.constant(budget)
         for mean in MEANS:
-            found[f"looks {mean}"] = run.looks(mean)
+            outcome_of[f"looks {mean}"] = run.looks(mean)
         for level in LEVELS:
-            found[f"tuned {level}"] = run.tuned(level)
+            outcome_of[f"tuned {level}"] = run.tuned(level)
         first = 1 / 12
         share = max(0.0, times.constant(1 / 4) - times.constant(first)) / times.second_look()
-        found["looks in the time of 1/4"] = run.looks(first + share, candidates=(first,))
+        outcome_of["looks in the time of 1/4"] = run.looks(first + share, candidates=(first,))
     for method, budget in (("static 1/2", 1 / 2), ("static 1/4", 1 / 4), ("static 1/8", 1 / 8)):
         if run := runs.get(method):
-            found[method] = run.constant(budget)
+            outcome_of[method] = run.constant(budget)
     for method in ("random start", "truncated start"):
         if run := runs.get(method):
-            found[f"{method}, constant 1/4"] = run.constant(1 / 4)
-            found[f"{method}, looks 0.25"] = run.looks(0.25)
+            outcome_of[f"{method}, constant 1/4"] = run.constant(1 / 4)
+            outcome_of[f"{method}, looks 0.25"] = run.looks(0.25)
     if run := runs.get("layers"):
-        found["layers 1/3"] = run.constant(1 / 3)
-        found["layers 1/6"] = run.constant(1 / 6)
+        outcome_of["layers 1/3"] = run.constant(1 / 3)
+        outcome_of["layers 1/6"] = run.constant(1 / 6)
     if run := runs.get("exits"):
         for mean in MEANS:
-            found[f"exits {mean}"] = run.exits(mean)
+            outcome_of[f"exits {mean}"] = run.exits(mean)
     if run := runs.get("shared widths"):
-        found["shared widths, constant 1/4"] = run.constant(1 / 4)
-        found["shared widths, looks 0.25"] = run.looks(0.25)
+        outcome_of["shared widths, constant 1/4"] = run.constant(1 / 4)
+        outcome_of["shared widths, looks 0.25"] = run.looks(0.25)
     if run := runs.get("routers"):
-        found["routers, 1/4 of the heads"] = run.constant(1 / 4)
-    return found
+        outcome_of["routers, 1/4 of the heads"] = run.constant(1 / 4)
+    return outcome_of
 
 
 def interval(counts: list[np.ndarray], seed: int = 0) -> list[float]:
@@ -235,9 +235,9 @@ def interval(counts: list[np.ndarray], seed: int = 0) -> list[float]:
     """
     draw = np.random.default_rng(seed)
     sums = np.zeros(REPLICATES)
-    for own in counts:
-        drawn = draw.multinomial(own[0].sum(), own.sum(0) / own.sum(), REPLICATES)
-        sums += (drawn[:, 2] - drawn[:, 0]) / own[0].sum()
+    for runs in counts:
+        drawn = draw.multinomial(runs[0].sum(), runs.sum(0) / runs.sum(), REPLICATES)
+        sums += (drawn[:, 2] - drawn[:, 0]) / runs[0].sum()
     low, high = np.quantile(sums / len(counts), (0.025, 0.975))
     return [round(100 * float(low), 2), round(100 * float(high), 2)]
 
@@ -272,18 +272,18 @@ def describe_run(folder: Path, runs: dict[str, Run]) -> dict[str, Any]:
     """What is known of one data set and seed beside its results: machine, rows, files, seconds of training."""
     full, labels = np.load(folder / "full" / "logits.npz"), np.load(folder / "labels.npz")
     seconds = {"full": round(float(full["seconds"]), 1)}
-    if (asked := folder / "taught.json").exists():
-        seconds["taught"] = read_json(asked)["seconds"]
+    if (taught := folder / "taught.json").exists():
+        seconds["taught"] = read_json(taught)["seconds"]
     seconds |= {method: round(run.seconds, 1) for method, run in runs.items()}
     rows = {split: len(labels[split]) for split in labels.files}
     about = {"rows": rows, "sha256": read_json(folder / "sha256.json"), "seconds": seconds}
     return {"environment": environment(), **about}
 
 
-def tabulate(found: Outcomes) -> dict[str, dict[str, float]]:
+def tabulate(compared: Outcomes) -> dict[str, dict[str, float]]:
     """By what is compared: accuracy, agreement, cost, and the first look where there is one."""
     table: dict[str, dict[str, float]] = {}
-    for label, x in found.items():
+    for label, x in compared.items():
         row = {name: round(float(x[kind].mean()), 5) for name, kind in KINDS.items()}
         row["cost"] = round(float(x["cost"]), 4)
         if "first" in x:
@@ -292,14 +292,14 @@ def tabulate(found: Outcomes) -> dict[str, dict[str, float]]:
     return table
 
 
-def set_against(found: Outcomes) -> dict[str, dict[str, list[int]]]:
+def set_against(compared: Outcomes) -> dict[str, dict[str, list[int]]]:
     """For each pair on how many rows the first is worse, alike and better."""
     pairs: dict[str, dict[str, list[int]]] = {}
     for first, second in PAIRS:
-        if first in found and second in found:
+        if first in compared and second in compared:
             entry = {}
             for name, kind in KINDS.items():
-                difference = found[first][kind].astype(int) - found[second][kind].astype(int)
+                difference = compared[first][kind].astype(int) - compared[second][kind].astype(int)
                 entry[name] = [int((difference == x).sum()) for x in (-1, 0, 1)]
             pairs[f"{first} - {second}"] = entry
     return pairs
@@ -307,13 +307,13 @@ def set_against(found: Outcomes) -> dict[str, dict[str, list[int]]]:
 
 def compare(pair: str, results: dict[str, Any]) -> dict[str, Any] | None:
     """Mean differences in points with their intervals, over seeds, then data sets; None where no run has both."""
-    found = {name: list(x["pairs"][pair].values()) for name, x in results.items() if x["pairs"].get(pair)}
-    if not found:
+    counts_of = {name: list(x["pairs"][pair].values()) for name, x in results.items() if x["pairs"].get(pair)}
+    if not counts_of:
         return None
-    entry: dict[str, Any] = {"runs": sum(map(len, found.values())), "data_sets": len(found)}
+    entry: dict[str, Any] = {"runs": sum(map(len, counts_of.values())), "data_sets": len(counts_of)}
     for name in KINDS:
-        counts = [np.array([run[name] for run in runs]) for runs in found.values()]
-        means = [(own[:, 2] - own[:, 0]).mean() / own[0].sum() for own in counts]
+        counts = [np.array([run[name] for run in runs]) for runs in counts_of.values()]
+        means = [(runs[:, 2] - runs[:, 0]).mean() / runs[0].sum() for runs in counts]
         entry[name] = round(100 * float(np.mean(means)), 2)
         entry[f"{name}_interval"] = interval(counts)
     return entry
@@ -335,10 +335,10 @@ def try_promise(level: float, results: dict[str, Any]) -> dict[str, Any]:
 def replace_seed(kept: dict[str, Any], seed: int, entries: dict[str, Any]) -> dict[str, Any]:
     """`kept`, by label and seed, with these entries for that seed and no others."""
     labels = [*dict.fromkeys([*kept, *entries])]
-    found = {label: {x: y for x, y in kept.get(label, {}).items() if x != str(seed)} for label in labels}
+    merged = {label: {x: y for x, y in kept.get(label, {}).items() if x != str(seed)} for label in labels}
     for label, entry in entries.items():
-        found[label][str(seed)] = entry
-    return {label: dict(sorted(by_seed.items())) for label, by_seed in found.items() if by_seed}
+        merged[label][str(seed)] = entry
+    return {label: dict(sorted(by_seed.items())) for label, by_seed in merged.items() if by_seed}
 
 
 def training_share(results: dict[str, Any]) -> dict[str, float] | None:
@@ -355,8 +355,8 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
     """Over all data sets, from their results alone."""
     pairs = {f"{first} - {second}": compare(f"{first} - {second}", results) for first, second in PAIRS}
     promises = {str(level): try_promise(level, results) for level in LEVELS}
-    found = {"pairs": {pair: entry for pair, entry in pairs.items() if entry}, "promises": promises}
-    return {**found, "training": training_share(results)}
+    summary = {"pairs": {pair: entry for pair, entry in pairs.items() if entry}, "promises": promises}
+    return {**summary, "training": training_share(results)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -376,9 +376,9 @@ def main(arguments: list[str] | None = None) -> None:
         values["settings"] = {**settings["data"][name], "narrow": settings["narrow"]}
         if name in times:
             values["measured_time"] = times[name]
-        found = outcomes(runs, Times((values.get("measured_time") or {}).get("ratios")))
+        compared = outcomes(runs, Times((values.get("measured_time") or {}).get("ratios")))
         values.setdefault("runs", {})[str(seed)] = describe_run(options.work / f"{name}-{seed}", runs)
-        for part, entries in (("results", tabulate(found)), ("pairs", set_against(found))):
+        for part, entries in (("results", tabulate(compared)), ("pairs", set_against(compared))):
             values[part] = replace_seed(values.get(part, {}), seed, entries)
         path.write_text(json.dumps(values, indent=1) + "\n")
     paths = sorted(options.output.glob("*.json"))

@@ -74,14 +74,14 @@ def collect(model: Any, rows: Dataset, read: Callable[[BatchEncoding], torch.Ten
         read: From a batch of B rows to (B, ...).
         size: Rows in a batch.
     """
-    found: list[Any] = [None] * len(rows)
+    values: list[Any] = [None] * len(rows)
     was_training = model.training
     model.eval()
     for places, batch in batches_by_length(rows[:], load_tokenizer(), size):
         for place, value in zip(places, read(batch).float().numpy(), strict=True):
-            found[place] = value
+            values[place] = value
     model.train(was_training)
-    return np.stack(found)
+    return np.stack(values)
 
 
 def ask(model: Any, rows: Dataset, **call: Any) -> np.ndarray:

@@ -105,24 +105,24 @@ def exits(task: Task) -> tuple[dict[str, Answers], float]:
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        found = {
+        answers = {
             split: {
                 (n + 1) / (layers + 1): head(torch.from_numpy(features[split][:, n])).numpy()
                 for n, head in enumerate(heads)
             }
             for split in ("calibration", "test")
         }
-    return found, 0.0
+    return answers, 0.0
 
 
 def _pooled(model: Any, rows: Any, budget: float) -> np.ndarray:
     """What the narrow encoder's head reads, at that budget: (N, D)."""
-    found: list[torch.Tensor] = []
-    hook = model.narrow.pooler.register_forward_hook(lambda module, inputs, output: found.append(output))
+    pooled: list[torch.Tensor] = []
+    hook = model.narrow.pooler.register_forward_hook(lambda module, inputs, output: pooled.append(output))
 
     def read(batch: Any) -> torch.Tensor:
         model(**batch, budget=budget)
-        return found.pop()
+        return pooled.pop()
 
     try:
         return collect(model, rows, read)
@@ -152,8 +152,8 @@ def routers(task: Task) -> tuple[dict[str, Answers], float]:
     order = OpeningOrder(model.config)
     heads = order.head_flops * model.config.num_attention_heads * order.layers / order.total_flops
     cost = 1.0 - 0.75 * heads
-    found = {split: {cost: ask(model, getattr(task.rows, split), budget=0.25)} for split in ("calibration", "test")}
-    return found, seconds
+    answers = {split: {cost: ask(model, getattr(task.rows, split), budget=0.25)} for split in ("calibration", "test")}
+    return answers, seconds
 
 
 METHODS: dict[str, Callable[[Task], Any]] = {

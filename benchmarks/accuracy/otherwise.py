@@ -45,10 +45,10 @@ DEFAULTS: dict[str, Any] = {
 def batches(rows: Dataset, size: int = 32) -> Iterator[dict[str, torch.Tensor]]:
     """Padded batches as rows come, with labels where there are any."""
     for start in range(0, len(rows), size):
-        found = rows[start : start + size]
-        labels = {"labels": torch.tensor(found["labels"])} if "labels" in found else {}
-        found = {k: v for k, v in found.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
-        yield {**load_tokenizer().pad(found, return_tensors="pt"), **labels}
+        inputs = rows[start : start + size]
+        labels = {"labels": torch.tensor(inputs["labels"])} if "labels" in inputs else {}
+        inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+        yield {**load_tokenizer().pad(inputs, return_tensors="pt"), **labels}
 
 
 def opening_order(kind: str, config: Any, importance: list[Importance] | None = None) -> list[int] | None:
@@ -83,8 +83,8 @@ def opening_order(kind: str, config: Any, importance: list[Importance] | None = 
             elif kind.startswith("skip:") and str(sublayer) in kind.removeprefix("skip:").split("."):
                 share += 10.0
             elif kind == "global" and unit and importance is not None:  # the first of each sublayer opens anyhow
-                found = importance[sublayer // 2][sublayer % 2].sort(descending=True).values
-                share = 1e6 - float(found.unflatten(0, (units, -1)).sum(-1)[unit]) / (1.0 if sublayer % 2 else 0.58)
+                values = importance[sublayer // 2][sublayer % 2].sort(descending=True).values
+                share = 1e6 - float(values.unflatten(0, (units, -1)).sum(-1)[unit]) / (1.0 if sublayer % 2 else 0.58)
             steps.append((round(share, 9), sublayer))
     return [sublayer for _, sublayer in sorted(steps)]
 
@@ -113,12 +113,12 @@ def fold_means(model: Any, rows: Dataset, importance: list[Importance]) -> None:
         count += int(batch["attention_mask"].sum())
     for hook in hooks:
         hook.remove()
-    for n, (own, full) in enumerate(zip(narrow.layer, base.encoder.layer, strict=True)):
-        heads = importance[n].heads.argsort(descending=True, stable=True)[own.heads :]
-        rest = (heads[:, None] * own.size + torch.arange(own.size)).flatten()
-        own.attention_output.bias += full.attention.output.dense.weight[:, rest] @ (sums[2 * n][rest] / count)
-        rest = importance[n].neurons.argsort(descending=True, stable=True)[own.neurons :]
-        own.down.bias += full.output.dense.weight[:, rest] @ (sums[2 * n + 1][rest] / count)
+    for n, (narrow_layer, full) in enumerate(zip(narrow.layer, base.encoder.layer, strict=True)):
+        heads = importance[n].heads.argsort(descending=True, stable=True)[narrow_layer.heads :]
+        rest = (heads[:, None] * narrow_layer.size + torch.arange(narrow_layer.size)).flatten()
+        narrow_layer.attention_output.bias += full.attention.output.dense.weight[:, rest] @ (sums[2 * n][rest] / count)
+        rest = importance[n].neurons.argsort(descending=True, stable=True)[narrow_layer.neurons :]
+        narrow_layer.down.bias += full.output.dense.weight[:, rest] @ (sums[2 * n + 1][rest] / count)
 
 
 def states(model: Any, rows: Dataset, kind: str) -> np.ndarray:
@@ -172,10 +172,10 @@ class NarrowTrainer(Trainer):
         embedded = model.embed(inputs)
         share = recipe["draw"].choices(recipe["shares"], recipe["weights"])[0]
         look = narrow.order.look(share * narrow.widest.cost)
-        hidden, own = embedded.hidden, []
+        hidden, states_of_layers = embedded.hidden, []
         for layer, heads, neurons in zip(narrow.layer, look.counts.heads, look.counts.neurons, strict=True):
             hidden = layer(hidden, embedded.batch.layout, heads, neurons, False)
-            own.append(hidden)
+            states_of_layers.append(hidden)
         first = embedded.batch.first(hidden)
         answer = model.read_answer(embedded, first, narrow=True).logits
         t = recipe["temperature"]
@@ -189,7 +189,9 @@ class NarrowTrainer(Trainer):
                 for layer in model.full_layers():
                     full = layer(full, sequences=embedded.batch.sequences, reach=EVERYTHING)
                     targets.append(full)
-            pairs = list(zip(own, targets, strict=True)) if recipe.get("all_layers") else [(own[-1], targets[-1])]
+            pairs = list(zip(states_of_layers, targets, strict=True))
+            if not recipe.get("all_layers"):
+                pairs = pairs[-1:]
             loss = loss + recipe["hidden_weight"] * sum(F.mse_loss(a, b) / b.var() for a, b in pairs) / len(pairs)
         elif recipe["hidden"] is not None:
             if recipe["hidden"] == "pooled":
@@ -197,7 +199,7 @@ class NarrowTrainer(Trainer):
             elif recipe["hidden"] == "cls":
                 got = first[:, None]
             else:
-                got = torch.stack([embedded.batch.first(x) for x in own], 1)
+                got = torch.stack([embedded.batch.first(x) for x in states_of_layers], 1)
             loss = loss + recipe["hidden_weight"] * F.mse_loss(got, hidden_target) / hidden_target.var()
         narrow.count_step(answer)
         return (loss, {}) if return_outputs else loss
@@ -241,11 +243,11 @@ def train_by_recipe(full: Path, rows: Dataset, taught: Dataset, recipe: dict[str
     start = time.perf_counter()
     if recipe["hidden"] in ("cls", "pooled", "layers"):
         taught = taught.add_column("teacher_states", states(model, taught, recipe["hidden"]).tolist())
-    asked = time.perf_counter() - start
+    asking = time.perf_counter() - start
     NarrowTrainer.recipe = {**recipe, "draw": random.Random(seed)}
     rate, size = recipe["learning_rate"], recipe["batch_size"]
     seconds = fit(model, taught, recipe["epochs"], rate, seed, size, NarrowTrainer, remove_unused_columns=False)
-    return model, seconds + asked
+    return model, seconds + asking
 
 
 def _start_anew(narrow: Any, seed: int) -> None:
@@ -260,15 +262,15 @@ def _start_anew(narrow: Any, seed: int) -> None:
 
 def fisher_importance(model: Any, rows: Dataset) -> list[Importance]:
     """Mean square of the gates' gradients, row by row."""
-    found: Any = None
+    total: Any = None
     for batch in batches(rows, 1):
         one = unit_importance(model, [batch])
         squares = [Importance(x.heads.square(), x.neurons.square()) for x in one]
-        if found is not None:
-            pairs = zip(found, squares, strict=True)
+        if total is not None:
+            pairs = zip(total, squares, strict=True)
             squares = [Importance(a.heads + b.heads, a.neurons + b.neurons) for a, b in pairs]
-        found = squares
-    return found
+        total = squares
+    return total
 
 
 @torch.no_grad()
@@ -282,10 +284,10 @@ def activation_importance(model: Any, rows: Dataset) -> list[Importance]:
             hidden = args[0].flatten(0, -2).unflatten(-1, (units, -1))  # (T, units, size)
             weight = dense.weight.unflatten(1, (units, -1))  # (D, units, size)
             if hidden.shape[-1] == 1:
-                found = hidden.square().sum((0, 2)) * weight.square().sum((0, 2))
+                added = hidden.square().sum((0, 2)) * weight.square().sum((0, 2))
             else:
-                found = torch.einsum("tus,dus->tud", hidden, weight).square().sum((0, 2))
-            sums[key] = sums.get(key, torch.zeros(())) + found
+                added = torch.einsum("tus,dus->tud", hidden, weight).square().sum((0, 2))
+            sums[key] = sums.get(key, torch.zeros(())) + added
 
         return add
 

@@ -44,15 +44,15 @@ SERIES = {
 
 def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """By data set; and the summary."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    summary = found.pop("summary", {})
-    found.pop("routers", None)
-    for result in found.values():
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    summary = results.pop("summary", {})
+    results.pop("routers", None)
+    for result in results.values():
         result["means"] = {}
         for label, seeds in result["results"].items():
             figures = ("accuracy", "agreement", "cost")
             result["means"][label] = {x: float(np.mean([run[x] for run in seeds.values()])) for x in figures}
-    return found, summary
+    return results, summary
 
 
 def tables(folder: Path = HERE / "results") -> str:
@@ -136,12 +136,12 @@ def kept(folder: Path = HERE / "results") -> str:
     if not chosen:
         return "Not measured yet for this version: `make accuracy DATA=folder` does, and fills this in.\n"
     rows = []
-    for told, label in rows_of.items():
+    for name, label in rows_of.items():
         accuracy, agreement, cost = (
             100 * np.mean([x["means"][label][figure] for x in chosen.values()])
             for figure in ("accuracy", "agreement", "cost")
         )
-        rows.append([told, f"{cost / 100:.2f}", f"{accuracy:.1f}", f"{agreement:.1f}"])
+        rows.append([name, f"{cost / 100:.2f}", f"{accuracy:.1f}", f"{agreement:.1f}"])
     return (
         f"Means over {len(chosen)} data sets ({', '.join(chosen)}), in %, on rows that nothing was trained or chosen\n"
         "on; MiniLM. Agreement is with the full model's answers, work is the mean share of the full model's FLOPs:\n\n"
@@ -153,8 +153,8 @@ def trials_table(folder: Path) -> str:
     """Each trial of the recipe, on its data sets and seeds."""
     trials: dict[str, dict[tuple[str, int], Any]] = defaultdict(dict)
     for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
-        trials[found["trial"]][found["data"], found["seed"]] = found
+        trial = json.loads(path.read_text())
+        trials[trial["trial"]][trial["data"], trial["seed"]] = trial
     rows = []
     for name, runs in sorted(trials.items()):
         recipe = (

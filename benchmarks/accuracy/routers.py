@@ -15,12 +15,13 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
-from accuracy.figures import margin, read_runs, softmax
+from accuracy.figures import MEANS, Run, margin, read_runs, softmax
 from measure import environment, read_json
 from torch import nn
 
 
 HERE = Path(__file__).resolve().parent
+SPLITS = ("calibration", "test")
 COSTS = ((1 / 6, 0.25), (1 / 12, 0.25), (1 / 6, 0.33), (1 / 12, 0.33), (1 / 6, 0.5), (1 / 4, 0.5))
 
 
@@ -65,16 +66,104 @@ def features(logits: np.ndarray, pooled: np.ndarray | None = None) -> np.ndarray
     """Best three probabilities, their logarithms, entropy; and the state the look ends in."""
     shares = np.sort(softmax(logits), -1)[:, ::-1]
     shares = shares[:, : min(3, shares.shape[1])]
-    found = [shares, np.log(shares + 1e-9), entropy(logits)[:, None], margin(logits)[:, None]]
-    return np.concatenate(found if pooled is None else [*found, pooled], 1)
+    columns = [shares, np.log(shares + 1e-9), entropy(logits)[:, None], margin(logits)[:, None]]
+    return np.concatenate(columns if pooled is None else [*columns, pooled], 1)
 
 
-def agreement(sure: np.ndarray, own: np.ndarray, full: np.ndarray, count: int) -> float:
+def agreement(sure: np.ndarray, first: np.ndarray, full: np.ndarray, count: int) -> float:
     """With the full model, where the `count` least sure rows go on to it."""
     order = np.argsort(sure, kind="stable")
-    decided = own.copy()
+    decided = first.copy()
     decided[order[:count]] = full[order[:count]]
     return float((decided == full).mean())
+
+
+def read_doubt(run: Run, budget: float, folder: Path, seed: int) -> dict[str, np.ndarray]:
+    """How sure each reading is of the first look at the test rows, (N,), by its name.
+
+    Args:
+        run: Of the narrow encoder.
+        budget: Of the first look.
+        folder: Where run.py left the states that looks at 1/6 end in.
+        seed: Of the networks.
+    """
+    logits = {split: run.answers[split][run.find(budget)] for split in SPLITS}
+    differs = logits["calibration"].argmax(-1) != run.full["calibration"].argmax(-1)
+    t = temperature(logits["calibration"], run.full["calibration"])
+    test = logits["test"]
+    best = np.sort(test, -1)
+    read = network(features(logits["calibration"]), differs, 16, seed)
+    readings = {
+        "margin": margin(test),
+        "best probability": softmax(test).max(-1),
+        "entropy": -entropy(test),
+        "margin, temperature": margin(test / t),
+        "entropy, temperature": -entropy(test / t),
+        "margin of logits": best[:, -1] - best[:, -2],
+        "network, probabilities": read(features(test)),
+    }
+    paths = {split: folder / f"pooled-{split}.npz" for split in SPLITS}
+    if abs(budget - 1 / 6) < 1e-6 and paths["test"].exists():
+        inputs = {}
+        for split, path in paths.items():
+            states = np.load(path)["states"].astype(np.float32)
+            inputs[split] = features(logits[split], states.reshape(len(states), -1))
+        read = network(inputs["calibration"], differs, 32, seed)
+        readings["network, state too"] = read(inputs["test"])
+    return readings
+
+
+def look_thrice(run: Run, split: str, share: float, last: float) -> float:
+    """Agreement of looks at 1/12, at 1/4 for the most doubtful `share` of the rows, and the full model for `last`."""
+    first, second = (run.answers[split][run.find(budget)] for budget in (1 / 12, 1 / 4))
+    full = run.full[split].argmax(-1)
+    decided = first.argmax(-1)
+    doubted = np.argsort(margin(first), kind="stable")[: round(share * len(full))]
+    decided[doubted] = second[doubted].argmax(-1)
+    order = np.argsort(margin(second[doubted]), kind="stable")
+    doubted = doubted[order[: round(last * len(full))]]
+    decided[doubted] = full[doubted]
+    return float((decided == full).mean())
+
+
+def best_of_three(run: Run, mean: float) -> float | None:
+    """Agreement on the test rows of the three looks that agree most on the calibration rows; None: none cost that."""
+    candidates = []
+    for share in (0.15, 0.25, 0.35, 0.5):
+        last = mean - 1 / 12 - share / 4
+        if 0 < last <= share:
+            candidates.append((look_thrice(run, "calibration", share, last), share, last))
+    if not candidates:
+        return None
+    _, share, last = max(candidates, key=lambda x: x[0])
+    return look_thrice(run, "test", share, last)
+
+
+def read_run(run: Run, folder: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Everything that is compared of one run, by cost and by reading."""
+    full = run.full["test"].argmax(-1)
+    agreements: dict[str, dict[str, float]] = {}
+    for budget, mean in COSTS:
+        first = run.answers["test"][run.find(budget)].argmax(-1)
+        count = round((mean - budget) * len(full))
+        readings = read_doubt(run, budget, folder, seed)
+        agreements[f"{budget:.3f}, mean {mean}"] = {
+            reading: agreement(sure, first, full, count) for reading, sure in readings.items()
+        }
+    for mean in MEANS:
+        looks = {"two looks": float(run.looks(mean)["same"].mean())}
+        three = best_of_three(run, mean)
+        if three is not None:
+            looks["three looks"] = three
+        agreements[f"mean {mean}"] = looks
+    # Averaging the logits of both looks where both were taken: against the full model's own answer.
+    both = softmax(run.answers["test"][run.find(1 / 6)]) + softmax(run.full["test"])
+    labels = run.labels["test"]
+    agreements["second look, accuracy"] = {
+        "full model's answer": float((full == labels).mean()),
+        "mean of both": float((both.argmax(-1) == labels).mean()),
+    }
+    return agreements
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,80 +174,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the networks are tiny
-    runs = read_runs(options.work, read_json(options.settings))
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     used = []
-    for (name, seed), methods in runs.items():
-        if run := methods.get("narrow"):
-            used.append(f"{name}-{seed}")
-            full = {split: x.argmax(-1) for split, x in run.full.items()}
-            for budget, mean in COSTS:
-                key = f"{budget:.3f}, mean {mean}"
-                own = {split: run.answers[split][run.find(budget)] for split in ("calibration", "test")}
-                count = round((mean - budget) * len(full["test"]))
-                differs = own["calibration"].argmax(-1) != full["calibration"]
-                t = temperature(own["calibration"], run.full["calibration"])
-                test = own["test"]
-                readings = {
-                    "margin": margin(test),
-                    "best probability": softmax(test).max(-1),
-                    "entropy": -entropy(test),
-                    "margin, temperature": margin(test / t),
-                    "entropy, temperature": -entropy(test / t),
-                    "margin of logits": np.sort(test, -1)[:, -1] - np.sort(test, -1)[:, -2],
-                    "network, probabilities": network(features(own["calibration"]), differs, 16, seed)(features(test)),
-                }
-                paths = {x: options.work / f"{name}-{seed}" / f"pooled-{x}.npz" for x in ("calibration", "test")}
-                if abs(budget - 1 / 6) < 1e-6 and paths["test"].exists():
-                    pooled = {
-                        x: np.load(path)["states"].astype(np.float32).reshape(len(full[x]), -1)
-                        for x, path in paths.items()
-                    }
-                    inputs = {x: features(own[x], pooled[x]) for x in paths}
-                    readings["network, state too"] = network(inputs["calibration"], differs, 32, seed)(inputs["test"])
-                for reading, sure in readings.items():
-                    found[key][reading].append(agreement(sure, test.argmax(-1), full["test"], count))
-            # Three looks, thresholds by quantiles: 1/12, a part on to 1/4, a part of these on to the full model.
-            for mean in (0.25, 0.33, 0.5):
-                best: Any = None
-                for share in (0.15, 0.25, 0.35, 0.5):
-                    count = {x: len(full[x]) for x in ("calibration", "test")}
-                    last = mean - 1 / 12 - share / 4
-                    if not 0 < last <= share:
-                        continue
-                    scores = {}
-                    for split in ("calibration", "test"):
-                        first, second = (run.answers[split][run.find(b)] for b in (1 / 12, 1 / 4))
-                        decided = first.argmax(-1).copy()
-                        on = np.argsort(margin(first), kind="stable")[: round(share * count[split])]
-                        decided[on] = second[on].argmax(-1)
-                        further = on[np.argsort(margin(second[on]), kind="stable")[: round(last * count[split])]]
-                        decided[further] = full[split][further]
-                        scores[split] = float((decided == full[split]).mean())
-                    if best is None or scores["calibration"] > best[0]:
-                        best = (scores["calibration"], scores["test"])
-                if best:
-                    found[f"mean {mean}"]["three looks"].append(best[1])
-                found[f"mean {mean}"]["two looks"].append(float(run.looks(mean)["same"].mean()))
-            # Averaging the logits of both looks where both were taken: against the full model's own answer.
-            own = run.answers["test"][run.find(1 / 6)]
-            labels = run.labels["test"]
-            found["second look, accuracy"]["full model's answer"].append(
-                float((run.full["test"].argmax(-1) == labels).mean())
-            )
-            both = softmax(own) + softmax(run.full["test"])
-            found["second look, accuracy"]["mean of both"].append(float((both.argmax(-1) == labels).mean()))
-    values = {
-        "runs": used,
-        "environment": environment(),
-        "agreement": {
-            key: {x: [round(float(np.mean(v)), 5), len(v)] for x, v in readings.items()}
-            for key, readings in found.items()
-        },
+    for (name, seed), methods in read_runs(options.work, read_json(options.settings)).items():
+        if "narrow" not in methods:
+            continue
+        used.append(f"{name}-{seed}")
+        for cost, readings in read_run(methods["narrow"], options.work / used[-1], seed).items():
+            for reading, value in readings.items():
+                figures[cost][reading].append(value)
+    means = {
+        cost: {reading: [round(float(np.mean(x)), 5), len(x)] for reading, x in readings.items()}
+        for cost, readings in figures.items()
     }
+    values = {"runs": used, "environment": environment(), "agreement": means}
     options.output.write_text(json.dumps(values, indent=1) + "\n")
-    for key, readings in values["agreement"].items():
-        print(key, readings)
+    for cost, readings in means.items():
+        print(cost, readings)
 
 
 if __name__ == "__main__":

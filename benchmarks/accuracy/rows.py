@@ -52,8 +52,8 @@ def _read(path: Path) -> Dataset:
 
 def _tokenize(rows: Dataset, max_length: int) -> Dataset:
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        found = load_tokenizer()(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
-        return {**found, "labels": batch["label"]}
+        encoded = load_tokenizer()(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+        return {**encoded, "labels": batch["label"]}
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
 

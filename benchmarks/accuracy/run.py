@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 SPLITS = ("calibration", "test")
 
 
-def full_model(rows: Rows, settings: dict[str, Any], own: dict[str, Any], folder: Path, seed: int) -> None:
+def full_model(rows: Rows, settings: dict[str, Any], data_settings: dict[str, Any], folder: Path, seed: int) -> None:
     """Fine-tunes MiniLM, the full model, and keeps it with its logits."""
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -43,8 +43,8 @@ def full_model(rows: Rows, settings: dict[str, Any], own: dict[str, Any], folder
     seconds = fit(
         model,
         rows.train,
-        own["epochs"],
-        own.get("learning_rate", settings["full_learning_rate"]),
+        data_settings["epochs"],
+        data_settings.get("learning_rate", settings["full_learning_rate"]),
         seed,
         settings["batch_size"],
     )
@@ -58,11 +58,12 @@ def taught(rows: Rows, full: Path, seed: int, recipe: dict[str, Any]) -> Any:
     folder = full.parent / "taught"
     if not folder.exists():
         start = time.perf_counter()
-        found = taught_rows(rows.train, str(full), load_tokenizer(), mixed=recipe["mixed"], seed=seed)
+        rows_taught = taught_rows(rows.train, str(full), load_tokenizer(), mixed=recipe["mixed"], seed=seed)
         seconds = time.perf_counter() - start
-        found.save_to_disk(folder)
-        (full.parent / "taught.json").write_text(json.dumps({"rows": len(found), "seconds": round(seconds, 1)}) + "\n")
-        print(f"{full.parent.name}: asked about {len(found)} rows in {seconds:.0f} s", flush=True)
+        rows_taught.save_to_disk(folder)
+        about = {"rows": len(rows_taught), "seconds": round(seconds, 1)}
+        (full.parent / "taught.json").write_text(json.dumps(about) + "\n")
+        print(f"{full.parent.name}: asked about {len(rows_taught)} rows in {seconds:.0f} s", flush=True)
     return datasets.load_from_disk(str(folder))
 
 
@@ -91,10 +92,10 @@ def main(arguments: list[str] | None = None) -> None:
     limits = {"calibration": settings["calibration_rows"], "test": settings["test_rows"]}
     rows_of = {name: read_rows(options.data, name, {**limits, **settings["data"][name]}) for name in names}
     for seed, name in product(seeds if options.seeds is None else options.seeds, names):
-        own, rows, folder = settings["data"][name], rows_of[name], options.work / f"{name}-{seed}"
+        data_settings, rows, folder = settings["data"][name], rows_of[name], options.work / f"{name}-{seed}"
         full = folder / "full"
         if not (full / "logits.npz").exists():
-            full_model(rows, settings, own, full, seed)
+            full_model(rows, settings, data_settings, full, seed)
         logits = np.load(full / "logits.npz")
         labels = np.array(rows.test["labels"])
         accuracy = (logits["test"].argmax(-1) == labels).mean()
@@ -103,20 +104,22 @@ def main(arguments: list[str] | None = None) -> None:
         if not (folder / "labels.npz").exists():
             np.savez(folder / "labels.npz", **{x: np.array(getattr(rows, x)["labels"]) for x in SPLITS})
         recipe = settings["narrow"]
-        epochs = recipe["steps"] * own["epochs"] / (1 + recipe["mixed"])  # passes over the rows that are taught
+        # Passes over the rows that are taught.
+        epochs = recipe["steps"] * data_settings["epochs"] / (1 + recipe["mixed"])
         for method, wanted in methods.items():
             target = folder / f"{stem(method)}.npz"
             if target.exists() or (options.methods is None and seed not in wanted):
                 continue
             task = Task(full, rows, taught(rows, full, seed, recipe), epochs, recipe, seed)
             answers, seconds = METHODS[method](task)
-            kept = {f"{part} {share:.9f}": x for part, found in answers.items() for share, x in found.items()}
+            kept = {f"{part} {share:.9f}": x for part, by_share in answers.items() for share, x in by_share.items()}
             np.savez_compressed(target, seconds=seconds, **kept)
-            told, full_answers = [], logits["test"].argmax(-1)
+            scores, full_answers = [], logits["test"].argmax(-1)
             for share, x in answers["test"].items():
                 right, same = (x.argmax(-1) == labels).mean(), (x.argmax(-1) == full_answers).mean()
-                told.append(f"{share:.3f}: {right:.4f}, {same:.4f}")
-            print(f"{name}, {method}, seed {seed}: {seconds:.0f} s; accuracy, agreement {'; '.join(told)}", flush=True)
+                scores.append(f"{share:.3f}: {right:.4f}, {same:.4f}")
+            line = "; ".join(scores)
+            print(f"{name}, {method}, seed {seed}: {seconds:.0f} s; accuracy, agreement {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -70,10 +70,10 @@ def time_rows(rows: datasets.Dataset, repeats: int, leaving: dict[float, np.ndar
     for mean, left in leaving.items():
         variants[f"exits {mean}"] = leave(left)
     times = interleave(variants, repeats)
-    found = {}
-    for key, own in times.items():
-        found[key] = spread([x / full for x, full in zip(own, times["full"], strict=True)])["median"]
-    return found
+    medians = {}
+    for key, seconds in times.items():
+        medians[key] = spread([x / full for x, full in zip(seconds, times["full"], strict=True)])["median"]
+    return medians
 
 
 def exit_early(model: Any, heads: nn.ModuleList, batch: dict[str, torch.Tensor], left: np.ndarray) -> None:
@@ -120,19 +120,19 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     settings = read_json(options.settings)
     path = options.work / "timing.json"
-    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    times: dict[str, Any] = read_json(path) if path.exists() else {}
     runs = read_runs(options.work, settings)
     for name in options.data_sets or settings["data"]:
-        own = settings["data"][name]
-        limits = {**own, "calibration": 1, "test": ROWS, "train": 16}
+        data_settings = settings["data"][name]
+        limits = {**data_settings, "calibration": 1, "test": ROWS, "train": 16}
         exits = next(run["exits"] for (data, _), run in runs.items() if data == name and "exits" in run)
         leaving = {mean: exits.exits(mean)["left"] for mean in MEANS}
         rows = read_rows(options.data, name, limits).test
         count = max(32, int((np.cumsum([len(x) for x in rows["input_ids"][:]]) <= TOKENS).sum()))
         ratios = time_rows(rows.select(range(count)), options.repeats, leaving)
-        found[name] = {"threads": options.threads, "rows": count, "environment": environment(), "ratios": ratios}
+        times[name] = {"threads": options.threads, "rows": count, "environment": environment(), "ratios": ratios}
         print(name, {key: round(value, 3) for key, value in ratios.items()}, flush=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(times, indent=1) + "\n")
 
 
 if __name__ == "__main__":
