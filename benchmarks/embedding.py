@@ -47,13 +47,13 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         encoder = wrap(model, tokenizer, folder)
     full, _ = similarities(encoder, test)
-    found = {}
+    correlations = {}
     for budget in settings["budgets"]:
         narrow, _ = similarities(encoder, test, budget=budget)
-        found[str(budget)] = float(spearmanr(full, narrow)[0])
+        correlations[str(budget)] = float(spearmanr(full, narrow)[0])
     digest = hashlib.sha256("\n".join([*train, *test]).encode()).hexdigest()
     data = {"trained": len(train), "compared": len(test), "sha256": digest}
-    return {"settings": settings, "spearman": found, "data": data, "environment": environment()}
+    return {"settings": settings, "spearman": correlations, "data": data, "environment": environment()}
 
 
 def section(result: dict[str, Any]) -> str:

@@ -127,25 +127,25 @@ def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> Calla
 
 def compare(times: dict[str, list[float]], baselines: list[str]) -> dict[str, Any]:
     """Seconds of each way, and how many times faster it is than each baseline."""
-    found = {}
+    results = {}
     for name in times:
         over = {baseline: ratio(times, name, baseline) for baseline in baselines}
-        found[name] = {"seconds": spread(times[name]), "over": over}
-    return found
+        results[name] = {"seconds": spread(times[name]), "over": over}
+    return results
 
 
 def peak_memory(ways: dict[str, Way], batch: Batch, device: torch.device) -> dict[str, float]:
     """MiB that each way allocates at most beside what was there; empty on a CPU."""
-    found: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     if device.type != "cuda":
-        return found
+        return peaks
     for name, way in ways.items():
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         way(batch)
         synchronize(device)
-        found[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    return found
+        peaks[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return peaks
 
 
 @torch.inference_mode()
@@ -237,20 +237,20 @@ def main(arguments: list[str] | None = None) -> None:
             result["left_out"].append(place)
             continue
         try:
-            found = function(shape, rows, length, device, 2 if options.dry_run else 7)
+            figures = function(shape, rows, length, device, 2 if options.dry_run else 7)
         except torch.cuda.OutOfMemoryError:
-            found = {"failed": "out of memory"}
+            figures = {"failed": "out of memory"}
         except ValueError as error:  # what is not right is not timed
-            found = {"failed": str(error)}
+            figures = {"failed": str(error)}
         gc.collect()  # before the next models are made
         if device.type == "cuda":
             torch.cuda.empty_cache()
         seconds = time.perf_counter() - begun
         longest = max(longest, seconds)
-        result["cells"].append({**place, "seconds": round(seconds, 1), **found})
+        result["cells"].append({**place, "seconds": round(seconds, 1), **figures})
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{kind} {shape} {rows} x {length}: {found.get('failed', 'done')}, {seconds:.0f} s", flush=True)
+        print(f"{kind} {shape} {rows} x {length}: {figures.get('failed', 'done')}, {seconds:.0f} s", flush=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{options.output}: {len(result['cells'])} cells, {len(result['left_out'])} left out")
 

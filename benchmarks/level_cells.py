@@ -33,13 +33,15 @@ def list_cells(settings: dict[str, Any]) -> list[list[int]]:
     return even + settings["ragged"]
 
 
-def check_cell(stock: Any, ours: Any, batch: dict[str, torch.Tensor], budgets: list[float], found: Agreement) -> None:
+def check_cell(
+    stock: Any, ours: Any, batch: dict[str, torch.Tensor], budgets: list[float], agreement: Agreement
+) -> None:
     """The full model with stock, every row; the budgets with the masked reference, on two rows."""
-    found.check("ours 1", ours(**batch, budget=1.0).logits, stock(**batch).logits)
+    agreement.check("ours 1", ours(**batch, budget=1.0).logits, stock(**batch).logits)
     some = {name: x[:2] for name, x in batch.items()}
     for budget in budgets:
         got = ours(**batch, budget=budget).logits[:2]
-        found.check(f"ours {budget:.3g}", got, ours(**some, budget=budget, executor="masked").logits)
+        agreement.check(f"ours {budget:.3g}", got, ours(**some, budget=budget, executor="masked").logits)
 
 
 def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -91,12 +91,12 @@ def look_twice(model: Any, rows: Rows, settings: dict[str, Any]) -> None:
     model.config.confidence = [confidence(logits, None).quantile(settings["doubted"]).item()]
 
 
-def answer_split(model: Any, rows: Rows, batch_size: int, **asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_split(model: Any, rows: Rows, batch_size: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and budgets, 1 of a stock model, of a call for each batch, sorted by length."""
     count = len(rows["input_ids"])
     logits, spent = torch.empty(count, model.num_labels), torch.ones(count)
     for places, batch in batches_by_length(rows, load_tokenizer(), batch_size):
-        out = model(**batch.to(model.device), **asked)
+        out = model(**batch.to(model.device), **options)
         logits[places] = out.logits.float().cpu()
         if "budget" in out:
             spent[places] = out.budget.cpu()
@@ -107,8 +107,8 @@ def answer_shared(model: Any, rows: Rows, batch_size: int) -> tuple[torch.Tensor
     """The same, each look at all rows before the next begins."""
     count = len(rows["input_ids"])
     logits, spent = torch.empty(count, model.num_labels), torch.empty(count)
-    for found in answer_rows(model, rows, load_tokenizer(), batch_size):
-        logits[found.places], spent[found.places] = found.logits, found.spent
+    for answers in answer_rows(model, rows, load_tokenizer(), batch_size):
+        logits[answers.places], spent[answers.places] = answers.logits, answers.spent
     return logits, spent
 
 

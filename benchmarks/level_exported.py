@@ -49,17 +49,17 @@ Way = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 
 def read_rows(data: Path, name: str, settings: dict[str, Any]) -> tuple[Dataset, Dataset, list[dict[str, Any]]]:
     """Rows to calibrate on and to test on, and where they are from."""
-    found, sources = {}, []
+    splits, sources = {}, []
     for split in ("train", "test"):
         path = data / name / f"{split}.parquet"
         if not path.is_file():
             raise SystemExit(f"--data {data}: there is no {name}/{split}.parquet in it.")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[split] = Dataset.from_parquet(str(path)).shuffle(seed=0)
-        sources.append({"name": f"{name}/{split}", "sha256": digest, "texts": len(found[split])})
+        splits[split] = Dataset.from_parquet(str(path)).shuffle(seed=0)
+        sources.append({"name": f"{name}/{split}", "sha256": digest, "texts": len(splits[split])})
     first = settings["trained_rows"]
-    calibration = found["train"].select(list(range(first, first + settings["calibration_rows"])))
-    return calibration, found["test"].take(settings["test_rows"]), sources
+    calibration = splits["train"].select(list(range(first, first + settings["calibration_rows"])))
+    return calibration, splits["test"].take(settings["test_rows"]), sources
 
 
 def export_all(model: Any, tokenizer: Any, calibration: Dataset, settings: dict[str, Any], place: Path) -> None:
@@ -75,12 +75,12 @@ def export_all(model: Any, tokenizer: Any, calibration: Dataset, settings: dict[
 
 def load_all(place: Path, settings: dict[str, Any], threads: int) -> dict[str, LooksClassifier]:
     """What `export_all` wrote, by the name of the way."""
-    found = {}
+    classifiers = {}
     for kind in ("stock", "looks"):
         for name in settings["graphs"]:
             runtime = name.partition("-")[0]
-            found[f"{kind}, {name}"] = CLASSIFIERS[runtime](place / kind / name, threads)
-    return found
+            classifiers[f"{kind}, {name}"] = CLASSIFIERS[runtime](place / kind / name, threads)
+    return classifiers
 
 
 def ask_torch(
@@ -159,10 +159,10 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
             )
             latency = measure_latency(ways, texts[: settings["latency_inputs"]])
             p50 = {name: float(np.median(samples)) for name, samples in latency.items()}
-            found = {}
+            results = {}
             for name in ways:
                 stock_graph = name.replace("looks", "stock")
-                found[name] = {
+                results[name] = {
                     **judged[name],
                     "rows_per_second": spread([len(timed) / seconds for seconds in times[name]]),
                     "ratio": ratio(times, name, STOCK),
@@ -175,7 +175,7 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
                     "graphs": exported[name].looks.graphs if name in exported else None,
                     "thresholds": exported[name].looks.thresholds if name in exported else None,
                 }
-            figures[str(threads)] = found
+            figures[str(threads)] = results
     return {"agreement": agreement.to_dict(), "data": data, "figures": figures}
 
 

@@ -131,7 +131,7 @@ def check_ways(ways: dict[str, Way], ours: Any, batches: Batches, settings: dict
 
 def check_looks(looks: dict[str, Looks], batches: Batches, agreement: Agreement) -> dict[str, dict[str, float]]:
     """Share of the inputs doubted and mean budget spent; each must be answered by the encoder that looked last."""
-    found = {}
+    figures = {}
     for name, pair in looks.items():
         spent = []
         for batch in batches:
@@ -141,8 +141,8 @@ def check_looks(looks: dict[str, Looks], batches: Batches, agreement: Agreement)
             agreement.check(name, out.logits, torch.where((out.budget > 1.0)[:, None], full, first))
             spent.append(out.budget)
         budgets = torch.cat(spent)
-        found[name] = {"doubted": (budgets > 1.0).float().mean().item(), "spent": budgets.mean().item()}
-    return found
+        figures[name] = {"doubted": (budgets > 1.0).float().mean().item(), "spent": budgets.mean().item()}
+    return figures
 
 
 def measure_latency(ways: dict[str, Way], rows: list[list[int]]) -> dict[str, dict[str, float]]:
@@ -159,26 +159,26 @@ def measure_latency(ways: dict[str, Way], rows: list[list[int]]) -> dict[str, di
                 way(batch)
                 if counts:
                     times[name].append((time.perf_counter() - start) * 1e3)
-    found = {}
+    latencies = {}
     for name, samples in times.items():
         p50, p95 = torch.tensor(samples).quantile(torch.tensor([0.5, 0.95])).tolist()
         total = sum(times["stock"]) / sum(samples)
-        found[name] = {"p50": p50, "p95": p95, "ratio": total}
-    return found
+        latencies[name] = {"p50": p50, "p95": p95, "ratio": total}
+    return latencies
 
 
 def measure_memory(ways: dict[str, Way], owners: dict[str, Any], batch: Any) -> dict[str, dict[str, float]]:
     """MiB held at most while a batch runs, weights included, and beside them; and as shares of the stock model's."""
-    found = {}
+    memory = {}
     for name, owner in owners.items():
         with HeldMemory([*owner.parameters(), *owner.buffers()]) as held:
             weights = held.bytes
             ways[name](batch)
-        found[name] = {"peak": held.peak / 2**20, "beside_weights": (held.peak - weights) / 2**20}
-    for x in found.values():
-        x["ratio"] = x["peak"] / found["stock"]["peak"]
-        x["ratio_beside_weights"] = x["beside_weights"] / found["stock"]["beside_weights"]
-    return found
+        memory[name] = {"peak": held.peak / 2**20, "beside_weights": (held.peak - weights) / 2**20}
+    for x in memory.values():
+        x["ratio"] = x["peak"] / memory["stock"]["peak"]
+        x["ratio_beside_weights"] = x["beside_weights"] / memory["stock"]["beside_weights"]
+    return memory
 
 
 def run_all(way: Way, batches: Batches) -> None:
@@ -189,9 +189,9 @@ def run_all(way: Way, batches: Batches) -> None:
 
 def compare(times: dict[str, list[float]], settings: dict[str, Any]) -> dict[str, Any]:
     """Time of each way, and how many times faster it is than each baseline, round by round."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in times:
-        found[name] = {
+        results[name] = {
             "seconds_per_batch": spread([x / settings["batches"] for x in times[name]]),
             "ratio": ratio(times, name, "stock"),
             "ratio_to_sorted": ratio(times, name, "stock sorted"),
@@ -200,9 +200,9 @@ def compare(times: dict[str, list[float]], settings: dict[str, Any]) -> dict[str
         }
     for budget in settings["cut_budgets"]:
         name = f"ours {name_of(budget)}"
-        if name in found:
-            found[name]["ratio_to_cut"] = ratio(times, name, f"cut {name_of(budget)}")
-    return found
+        if name in results:
+            results[name]["ratio_to_cut"] = ratio(times, name, f"cut {name_of(budget)}")
+    return results
 
 
 def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
             times = interleave({**runs, **routes}, settings["repeats"], settings["seconds"])
             routing = {
                 name: spread(
-                    [own / all_ for own, all_ in zip(times.pop(f"routing of {name}"), times[name], strict=True)]
+                    [part / all_ for part, all_ in zip(times.pop(f"routing of {name}"), times[name], strict=True)]
                 )
                 for name in looks
             }

@@ -67,7 +67,7 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     the full model does not run. "cost" is our time over stock's.
     """
     agreement, sources = Agreement(settings["dtype"]), {}
-    found: dict[str, dict[str, Any]] = {str(threads): {} for threads in settings["threads"]}
+    figures: dict[str, dict[str, Any]] = {str(threads): {} for threads in settings["threads"]}
     for given in settings["cells"]:
         cell = {**CELL, **given}
         # For the shuffling of the Trainer to draw from: every round has batches of its own.
@@ -80,7 +80,7 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
         taught = [{**row, "teacher_logits": [0.5, -0.5]} for row in rows]
         models = make_models(settings, rows, agreement)
         with tempfile.TemporaryDirectory() as folder:
-            for threads, cells in found.items():
+            for threads, cells in figures.items():
                 torch.set_num_threads(int(threads))
                 runs = {
                     name: partial(train, model, taught if name == "frozen" else rows, cell, folder)
@@ -98,4 +98,4 @@ def measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, 
                         for name, seconds in times.items()
                     },
                 }
-    return {"agreement": agreement.to_dict(), "data": list(sources.values()), "figures": found}
+    return {"agreement": agreement.to_dict(), "data": list(sources.values()), "figures": figures}

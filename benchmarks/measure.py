@@ -92,7 +92,7 @@ def spread(samples: list[float]) -> dict[str, float]:
 
 def ratio(times: dict[str, list[float]], name: str, baseline: str) -> dict[str, float]:
     """Spread of baseline time / time of `name`, round by round."""
-    return spread([base / own for base, own in zip(times[baseline], times[name], strict=True)])
+    return spread([base / variant for base, variant in zip(times[baseline], times[name], strict=True)])
 
 
 class Agreement:

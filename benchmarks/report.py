@@ -78,8 +78,8 @@ def model_section(result: dict[str, Any]) -> str:
         f"{1 - tokens['real'] / tokens['padded']:.0%} of the tokens are padding as batches come.\n"
     )
     if looks := figures.get("looks"):
-        told = [f"{name}: {x['doubted']:.1%} doubted, {x['spent']:.3f} spent" for name, x in looks.items()]
-        text += f"\nLooks, share of the inputs and mean budget: {'; '.join(told)}.\n"
+        entries = [f"{name}: {x['doubted']:.1%} doubted, {x['spent']:.3f} spent" for name, x in looks.items()]
+        text += f"\nLooks, share of the inputs and mean budget: {'; '.join(entries)}.\n"
     if memory := figures.get("memory"):
         ours = memory["ours 1/4"]
         text += (
@@ -87,9 +87,9 @@ def model_section(result: dict[str, Any]) -> str:
             f"{ours['ratio_beside_weights']:.2f} beside the weights.\n"
         )
     for threads in thread_counts(result):
-        found, rows = figures[threads], []
-        for name, x in found["ways"].items():
-            latency = found["latency_ms"].get(name)
+        timings, rows = figures[threads], []
+        for name, x in timings["ways"].items():
+            latency = timings["latency_ms"].get(name)
             rows.append([
                 name,
                 f"{x['seconds_per_batch']['median'] * 1e3:.0f} ms",
@@ -99,22 +99,22 @@ def model_section(result: dict[str, Any]) -> str:
                 f"{latency['p50']:.1f} / {latency['p95']:.1f} ms, {latency['ratio']:.2f}x" if latency else "-",
             ])  # fmt: skip
         head = ["", "batch", "stock /", "sorted stock /", "ours 1 /", "one text: p50 / p95, stock /"]
-        rounds = f", {found['rounds']} rounds" if "rounds" in found else ""
+        rounds = f", {timings['rounds']} rounds" if "rounds" in timings else ""
         text += f"\n{threads} threads{rounds}\n\n" + table(head, rows)
         if rivals := settings.get("rivals"):
-            text += "\n" + rival_table(found, rivals)
-        if shares := found.get("routing_share"):
-            told = [f"{name}: {x['median']:.2%}" for name, x in shares.items()]
+            text += "\n" + rival_table(timings, rivals)
+        if shares := timings.get("routing_share"):
+            entries = [f"{name}: {x['median']:.2%}" for name, x in shares.items()]
             text += (
-                f"\nRouting (counts, confidence, splitting off the doubted), share of the time: {'; '.join(told)}.\n"
+                f"\nRouting (counts, confidence, splitting off the doubted), share of the time: {'; '.join(entries)}.\n"
             )
     return text
 
 
-def rival_table(found: dict[str, Any], rivals: list[str]) -> str:
+def rival_table(timings: dict[str, Any], rivals: list[str]) -> str:
     """How many times faster ours is than other runtimes on sorted batches."""
-    rows = [["labels as stock's", *(f"{found['same_labels'][rival]:.1%}" for rival in rivals)]]
-    for name, x in found["ways"].items():
+    rows = [["labels as stock's", *(f"{timings['same_labels'][rival]:.1%}" for rival in rivals)]]
+    for name, x in timings["ways"].items():
         if name.startswith(("ours", "looks")) and name.endswith("sorted"):
             rows.append([name, *(show_ratio(x["ratio_to_rivals"][rival]) for rival in rivals)])
     return table(["", *(f"{rival} sorted /" for rival in rivals)], rows)
@@ -204,12 +204,12 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> bool:
     figure, axes = new_figure(len(models), width=4.2 * len(models), height=0.15 * most + 1.2)
     kinds = {"stock": "C0", "ours": "C1", "looks": "C2", "cut": "C3"}
     for result, axis in zip(models, axes, strict=True):
-        found = result["figures"][thread_counts(result)[0]]["ways"]
-        found = {name.removesuffix(" sorted"): x for name, x in found.items() if name.endswith(" sorted")}
-        ratios = [x["ratio_to_sorted"] for x in found.values()]
+        ways = result["figures"][thread_counts(result)[0]]["ways"]
+        ways = {name.removesuffix(" sorted"): x for name, x in ways.items() if name.endswith(" sorted")}
+        ratios = [x["ratio_to_sorted"] for x in ways.values()]
         errors = [[x["median"] - x["q1"] for x in ratios], [x["q3"] - x["median"] for x in ratios]]
-        colours = [kinds.get(name.split()[0], "C4") for name in found]
-        axis.barh(list(found), [x["median"] for x in ratios], xerr=errors, color=colours)
+        colours = [kinds.get(name.split()[0], "C4") for name in ways]
+        axis.barh(list(ways), [x["median"] for x in ratios], xerr=errors, color=colours)
         axis.invert_yaxis()
         axis.axvline(1.0, color="grey", linewidth=0.8)
         axis.set(xlabel="texts a second / stock's, sorted")
@@ -231,12 +231,12 @@ def savings(results: dict[str, dict[str, Any]]) -> str:
     titles, columns, latencies = [], [], []
     for result in results.values():
         figures = result.get("figures", {}).get("2", {})
-        found = figures.get("ways", {})
-        if result["settings"]["level"] != "model" or not {f"{way} sorted" for way in ways.values()} <= found.keys():
+        timings = figures.get("ways", {})
+        if result["settings"]["level"] != "model" or not {f"{way} sorted" for way in ways.values()} <= timings.keys():
             continue
         title = result["settings"]["title"]
         titles.append(title)
-        columns.append([f"{found[f'{way} sorted']['ratio_to_sorted']['median']:.1f}x" for way in ways.values()])
+        columns.append([f"{timings[f'{way} sorted']['ratio_to_sorted']['median']:.1f}x" for way in ways.values()])
         latencies.append(f"{figures['latency_ms']['ours 1/4']['ratio']:.1f}x ({title})")
     if not titles:
         return "Not measured yet for this version: `make bench-full DATA=folder` does, and fills this in.\n"

@@ -254,9 +254,9 @@ def least_keep(settings: dict[str, Any], rankers: Rankers) -> int:
         full.append(ndcg(np.argsort(-last, kind="stable"), relevant, TOP_K))
     lost, chosen = np.mean(losses, 0), settings["candidates"]
     for keep in sorted(settings["keeps"], reverse=True):
-        found = np.mean(full) - lost[keep]
-        print(f"keep {keep}: {found:.4f} of {np.mean(full):.4f} on validation queries", flush=True)
-        if found < settings["enough"] * np.mean(full):
+        gain = np.mean(full) - lost[keep]
+        print(f"keep {keep}: {gain:.4f} of {np.mean(full):.4f} on validation queries", flush=True)
+        if gain < settings["enough"] * np.mean(full):
             break
         chosen = keep
     return int(chosen)
@@ -273,7 +273,7 @@ def quality(settings: dict[str, Any], work: Path, threads: int) -> None:
         scores[name] = [ask(query, given) for query, given in zip(queries, texts, strict=True)]
         print(name, summary([np.argsort(-x, kind="stable") for x in scores[name]], relevant), flush=True)
     ways = {"BM25": summary([np.arange(len(given)) for given in texts], relevant)}
-    ways |= {name: summary([np.argsort(-x, kind="stable") for x in found], relevant) for name, found in scores.items()}
+    ways |= {name: summary([np.argsort(-x, kind="stable") for x in lists], relevant) for name, lists in scores.items()}
     pairs = list(zip(scores["ours, first look"], scores["stock"], strict=True))
     chosen = least_keep(settings, rankers)
     orders = {keep: [merge_rankings(*pair, keep) for pair in pairs] for keep in {*settings["keeps"], chosen}}
@@ -366,9 +366,9 @@ def section(result: dict[str, Any]) -> str:
         row = [names.get(name, name), f"{quality_of['ndcg']:.4f}", f"{quality_of['ndcg'] / ways['stock']['ndcg']:.1%}"]
         row.append(f"{quality_of['mrr']:.4f}")
         if name in speed:
-            found = speed[name]
-            ratios = [found["ratio"], *found["ratio_to_rivals"].values()]
-            row.append(f"{found['passages_per_second']['median']:.0f}")
+            figures = speed[name]
+            ratios = [figures["ratio"], *figures["ratio_to_rivals"].values()]
+            row.append(f"{figures['passages_per_second']['median']:.0f}")
             row += map(show_ratio, ratios)
         else:
             row += ["-"] * (2 + len(settings["rivals"]))

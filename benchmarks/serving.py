@@ -123,8 +123,8 @@ def check_agreement(ports: dict[str, int], texts: list[str]) -> float:
     """Largest difference of a probability at a budget of 1 from the stock model's; ends the script if it is large."""
     expected, _ = ask(ports["stock"], [{"text": text} for text in texts], 8)
     got, _ = ask(ports["ours"], [{"text": text, "budget": 1.0} for text in texts], 8)
-    worst = max(abs(own["score"] - stock["score"]) for own, stock in zip(got, expected, strict=True))
-    labels = [own["label"] == stock["label"] for own, stock in zip(got, expected, strict=True)]
+    worst = max(abs(answer["score"] - stock["score"]) for answer, stock in zip(got, expected, strict=True))
+    labels = [answer["label"] == stock["label"] for answer, stock in zip(got, expected, strict=True)]
     if worst > TOLERANCE or not all(labels):
         raise SystemExit(
             f"At a budget of 1 ours differs by {worst:.2g} from the stock model, and in {labels.count(False)} labels: "
@@ -185,8 +185,8 @@ def measure_http(settings: dict[str, Any], options: argparse.Namespace) -> dict[
             figures[str(clients)] = {
                 "ways": {name: load.figures(times[name]) for name, load in loads.items()},
                 "ratio": ratio(times, "ours", "stock"),
-                "doubted": sum(own["looks"] > 1 for own, _ in pairs) / requests,
-                "same_labels": sum(own["label"] == full["label"] for own, full in pairs) / requests,
+                "doubted": sum(answer["looks"] > 1 for answer, _ in pairs) / requests,
+                "same_labels": sum(answer["label"] == full["label"] for answer, full in pairs) / requests,
             }
             print(clients, figures[str(clients)], flush=True)
     return {"data": data, "figures": figures, "max_difference": worst}
@@ -202,8 +202,8 @@ def ray_command(options: argparse.Namespace, source: Path, output: Path, max_len
 def largest_difference(answers: list[dict[str, Any]], expected: list[dict[str, Any]]) -> float:
     """Largest difference of a probability from that of the same row; ends the script if it is large, or a label is."""
     pairs = list(zip(answers, expected[: len(answers)], strict=True))
-    worst = max(abs(own["score"] - other["score"]) for own, other in pairs)
-    if worst > TOLERANCE or any(own["label"] != other["label"] for own, other in pairs):
+    worst = max(abs(answer["score"] - other["score"]) for answer, other in pairs)
+    if worst > TOLERANCE or any(answer["label"] != other["label"] for answer, other in pairs):
         raise SystemExit(f"Answers with Ray differ by {worst:.2g} from the loop's: what is not right is not timed.")
     return float(worst)
 
@@ -240,12 +240,12 @@ def measure_ray(settings: dict[str, Any], options: argparse.Namespace) -> dict[s
                 output = Path(work) / f"out-{next(runs)}"
                 command = ray_command(options, files[size], output, settings["max_length"])
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
-                found = re.search(r"rows in ([\d.]+) s", done.stdout)
-                if done.returncode or found is None:
+                match = re.search(r"rows in ([\d.]+) s", done.stdout)
+                if done.returncode or match is None:
                     raise SystemExit(f"{' '.join(command[1:])} failed:\n{(done.stdout + done.stderr)[-2000:]}")
                 rows = pq.read_table(output / "predictions").to_pylist()
                 differences.append(largest_difference(sorted(rows, key=lambda row: row["row"]), answers["ours"]))
-                return float(found[1])
+                return float(match[1])
 
             return run
 
@@ -274,7 +274,7 @@ def measure_ray(settings: dict[str, Any], options: argparse.Namespace) -> dict[s
             for name in times
         },
         "start_seconds": spread(starts),
-        "same_labels": sum(own["label"] == full["label"] for own, full in labels) / count,
+        "same_labels": sum(answer["label"] == full["label"] for answer, full in labels) / count,
     }
     return {"data": data, "figures": figures, "max_difference": max(differences)}
 
@@ -307,15 +307,15 @@ def section(result: dict[str, Any]) -> str:
         f"within {result['max_difference']:.1g} of the stock model's; of plain calls {promised}.\n\n"
     )
     rows = []
-    for clients, found in figures.items():
-        stock, ours = found["ways"]["stock"], found["ways"]["ours"]
+    for clients, entry in figures.items():
+        stock, ours = entry["ways"]["stock"], entry["ways"]["ours"]
         rows.append([
             clients,
             *(f"{x['requests_per_second']['median']:.0f}" for x in (stock, ours)),
-            show_ratio(found["ratio"]),
+            show_ratio(entry["ratio"]),
             *(f"{x['p95_ms']:.0f} ms" for x in (stock, ours)),
-            f"{found['doubted']:.1%}",
-            f"{found['same_labels']:.2%}",
+            f"{entry['doubted']:.1%}",
+            f"{entry['same_labels']:.2%}",
         ])  # fmt: skip
     head = ["clients", "stock, requests / s", "ours", "ours / stock", "stock, p95", "ours, p95", "doubted"]
     return text + table([*head, "labels as stock's"], rows)

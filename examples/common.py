@@ -62,18 +62,18 @@ def read_texts(source: str) -> DatasetDict:
         Splits train and test, shuffled. Test is the validation split where there is no labelled test split, and a fifth
         of the rows where there is neither. The label is a class label.
     """
-    found = load_docstrings() if source == DOCSTRINGS else _read(source)
-    for name, split in found.items():
+    splits = load_docstrings() if source == DOCSTRINGS else _read(source)
+    for name, split in splits.items():
         missing = {"text", "label"} - set(split.column_names)
         if missing:
             raise SystemExit(
                 f"--dataset {source}: split {name} needs the columns text, label and perhaps text_pair; "
                 f"it has {', '.join(split.column_names)}."
             )
-    wanted = [name for name in ("text", "text_pair", "label") if name in next(iter(found.values())).column_names]
-    found = found.select_columns(wanted)
-    train = found["train"] if "train" in found else next(iter(found.values()))
-    labelled = [found[name] for name in ("test", "validation") if name in found and min(found[name]["label"]) != -1]
+    wanted = [name for name in ("text", "text_pair", "label") if name in next(iter(splits.values())).column_names]
+    splits = splits.select_columns(wanted)
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    labelled = [splits[name] for name in ("test", "validation") if name in splits and min(splits[name]["label"]) != -1]
     if not isinstance(train.features["label"], ClassLabel):
         names = [str(label) for label in sorted({label for split in [train, *labelled] for label in split["label"]})]
         train, *labelled = (_with_class_labels(split, names) for split in [train, *labelled])
@@ -147,15 +147,15 @@ def print_table(rows: dict[str, Answers], reference: str) -> None:
     width = max(map(len, rows))
     expected = rows[reference]
     print(f"\n{'':<{width}}  accuracy  agreement  seconds  budget  doubtful")
-    for name, found in rows.items():
+    for name, answers in rows.items():
         kept = metric.compute(
-            predictions=found.labels,
-            references=found.references,
+            predictions=answers.labels,
+            references=answers.references,
             full_predictions=expected.labels,
-            budgets=found.budgets,
+            budgets=answers.budgets,
         )
         print(
-            f"{name:<{width}}  {kept['accuracy']:>8.4f}  {kept['agreement']:>9.4f}  {found.seconds:>7.2f}  "
+            f"{name:<{width}}  {kept['accuracy']:>8.4f}  {kept['agreement']:>9.4f}  {answers.seconds:>7.2f}  "
             f"{kept['mean_budget']:>6.3f}  {kept['doubtful']:>8.3f}"
         )
     accuracy = (expected.labels == expected.references).double().mean().item()

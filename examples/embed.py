@@ -48,10 +48,10 @@ def train_narrow(checkpoint: str, texts: list[str], epochs: float, max_length: i
     return model.eval(), tokenizer
 
 
-def similarities(encoder: Any, texts: list[str], **asked: float) -> tuple[np.ndarray, float]:
+def similarities(encoder: Any, texts: list[str], **options: float) -> tuple[np.ndarray, float]:
     """Cosine similarities of all pairs of texts, and seconds."""
     start = time.perf_counter()
-    embedded = encoder.encode(texts, normalize_embeddings=True, **asked)
+    embedded = encoder.encode(texts, normalize_embeddings=True, **options)
     seconds = time.perf_counter() - start
     upper = np.triu_indices(len(texts), k=1)
     return (embedded @ embedded.T)[upper], seconds
@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     full, seconds = similarities(encoder, test)
     print(f"\nbudget  Spearman to the full model  seconds\n{1:>6}{1:>28.4f}{seconds:>9.2f}")
     for budget in (0.5, 0.25):
-        found, seconds = similarities(encoder, test, budget=budget)
-        print(f"{budget:>6}{spearmanr(full, found)[0]:>28.4f}{seconds:>9.2f}")
+        narrow, seconds = similarities(encoder, test, budget=budget)
+        print(f"{budget:>6}{spearmanr(full, narrow)[0]:>28.4f}{seconds:>9.2f}")
 
 
 if __name__ == "__main__":

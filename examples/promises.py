@@ -99,14 +99,14 @@ def read_promises(path: Path, config: Any) -> list[Level]:
     Raises:
         ValueError: There is no such file, it cannot be read, or it was made for other looks than the checkpoint's.
     """
-    own = own_promise(config)
+    checkpoint_promise = own_promise(config)
     again = "run examples/promises.py CHECKPOINT DATA --levels 0.02 0.05"
     try:
         promises = json.loads(path.read_text("utf-8"))["promises"]
         levels = [Level(float(promise["level"]), threshold_of(promise)) for promise in promises]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} must hold promises: {again} ({type(error).__name__}: {error}).") from None
-    if len(levels) < 2 or promises[0] != own:
+    if len(levels) < 2 or promises[0] != checkpoint_promise:
         raise ValueError(f"{path} must be of the checkpoint's own promise and of looser ones, got others: {again}.")
     shares, thresholds = [level.promise for level in levels], [level.threshold for level in levels]
     if shares != sorted(set(shares)) or thresholds != sorted(thresholds, reverse=True):

@@ -105,8 +105,8 @@ class Classifier:
         rows = [read_text(value) for value in values]
         target = self.options.output / "predictions" / f"part-{part['first']:012d}.parquet"
         if not target.exists():
-            asked = {"max_length": self.options.max_length, "budget": self.options.budget, "spent": True}
-            answers = predict(self.model, self.tokenizer, rows, skip_bad=True, first=part["first"], **asked)
+            settings = {"max_length": self.options.max_length, "budget": self.options.budget, "spent": True}
+            answers = predict(self.model, self.tokenizer, rows, skip_bad=True, first=part["first"], **settings)
             write_whole([answer for answer in answers if "error" not in answer], PREDICTED, target)
         return [{"row": row, "reason": fault} for row, (_, fault) in enumerate(rows, part["first"]) if fault]
 
@@ -122,8 +122,8 @@ def run(parts: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[s
         raise ImportError('Ray is not installed: pip install "hf-budgetformer[ray]".') from None
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         small: dict[str, Any] = {"num_cpus": max(2, options.actors), "object_store_memory": 100 * 2**20}
-        own = {} if options.address else {"include_dashboard": False, "_temp_dir": folder, **small}
-        ray.init(options.address or "local", log_to_driver=False, **own)
+        settings = {} if options.address else {"include_dashboard": False, "_temp_dir": folder, **small}
+        ray.init(options.address or "local", log_to_driver=False, **settings)
         try:
             # An actor takes a block of parts: few to keep count of, and enough for all to end at about the same time.
             blocks = ray.data.from_items(parts, override_num_blocks=min(len(parts), 32 * options.actors))

@@ -124,10 +124,10 @@ def main(argv: list[str] | None = None) -> None:
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
-    found = draw_searches(retrieval._replace(queries={"asked": [(args.query, 0)]}), "asked", 1, args.candidates)
+    search = draw_searches(retrieval._replace(queries={"asked": [(args.query, 0)]}), "asked", 1, args.candidates)
     print(f"\n{args.query}")
-    for hit in rank(model, tokenizer, args.query, found.candidates[0], top_k=3):
-        print(f"{hit['score']:>8.3f}  spent {hit['spent']:.3f}  {found.candidates[0][hit['corpus_id']][:90]}")
+    for hit in rank(model, tokenizer, args.query, search.candidates[0], top_k=3):
+        print(f"{hit['score']:>8.3f}  spent {hit['spent']:.3f}  {search.candidates[0][hit['corpus_id']][:90]}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def load_retrieval(root: Path | None = None) -> Retrieval:
         root: Folder of the standard library; None: that of the running Python.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    found: dict[str, tuple[str, list[str]]] = {}
+    entries: dict[str, tuple[str, list[str]]] = {}
     for module in " ".join(AREAS.values()).split():
         for path in sources(root, module):
             place = path.relative_to(root)
@@ -70,11 +70,11 @@ def load_retrieval(root: Path | None = None) -> Retrieval:
                 if len(passage.split()) >= LEAST_WORDS:
                     words = _words((*place.with_suffix("").parts, *names))
                     queries = [sentence[0], " ".join(dict.fromkeys(words))]
-                    asked = [query for query in queries if len(query.split()) >= 3]
-                    found.setdefault(opening(passage), (f"{place.as_posix()}:{names[0]}", [passage, *asked]))
+                    questions = [query for query in queries if len(query.split()) >= 3]
+                    entries.setdefault(opening(passage), (f"{place.as_posix()}:{names[0]}", [passage, *questions]))
     retrieval = Retrieval([], {"train": [], "validation": [], "test": []})
     seen = set()
-    for key, (passage, *queries) in sorted(found.values(), key=lambda kept: fraction(kept[1][0])):
+    for key, (passage, *queries) in sorted(entries.values(), key=lambda kept: fraction(kept[1][0])):
         for query in queries:
             if query.lower() not in seen:  # of two passages that one query asks for neither could be called wrong
                 retrieval.queries[split_of(key)].append((query, len(retrieval.passages)))
@@ -101,16 +101,16 @@ def draw_searches(retrieval: Retrieval, split: str, count: int, candidates: int,
     """Some queries of a split and what BM25 finds for them; an answer that it misses takes the last place."""
     import bm25s  # type: ignore[import-untyped]
 
-    asked = random.Random(seed).sample(retrieval.queries[split], count)
+    pairs = random.Random(seed).sample(retrieval.queries[split], count)
     index = bm25s.BM25()
     index.index(bm25s.tokenize(retrieval.passages, stopwords=None, show_progress=False), show_progress=False)
-    tokens = bm25s.tokenize([query for query, _ in asked], stopwords=None, show_progress=False)
+    tokens = bm25s.tokenize([query for query, _ in pairs], stopwords=None, show_progress=False)
     numbers, _ = index.retrieve(tokens, k=candidates, show_progress=False, n_threads=1)
-    answers = np.array([answer for _, answer in asked])
+    answers = np.array([answer for _, answer in pairs])
     missed = ~(numbers == answers[:, None]).any(-1)
     numbers[missed, -1] = answers[missed]
     return Searches(
-        [query for query, _ in asked],
+        [query for query, _ in pairs],
         [[retrieval.passages[number] for number in row] for row in numbers],
         [set(np.flatnonzero(row).tolist()) for row in numbers == answers[:, None]],
     )

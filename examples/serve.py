@@ -203,14 +203,14 @@ class Classifier(LitAPI):
         else:
             self.look(answers, plain, plan._replace(thresholds=(level.threshold,)))
         if budgeted:
-            asked = torch.tensor([x[place].budget for place in budgeted])
-            self.call(answers, budgeted, looks=None, budget=asked)
+            budgets = torch.tensor([x[place].budget for place in budgeted])
+            self.call(answers, budgeted, looks=None, budget=budgets)
         return answers
 
-    def call(self, answers: list[Any], places: list[int], looks: int | None, **asked: Any) -> None:
+    def call(self, answers: list[Any], places: list[int], looks: int | None, **options: Any) -> None:
         """Answers the questions in these places by one call of the model."""
         batch = self.pad([answers[place] for place in places])
-        outputs = self.model(**batch.to(self.model.device), **asked)
+        outputs = self.model(**batch.to(self.model.device), **options)
         self.tell(answers, places, outputs.logits, outputs.budget.tolist(), looks)
 
     def look(self, answers: list[Any], places: list[int], plan: Plan) -> None:

@@ -49,8 +49,8 @@ def metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy; and the mean budget where the Trainer was told to keep it."""
     outputs: Any = prediction.predictions
     logits, *spent = outputs if isinstance(outputs, tuple) else (outputs,)
-    found = {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
-    return {**found, "budget": float(spent[0].mean())} if spent else found
+    figures = {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
+    return {**figures, "budget": float(spent[0].mean())} if spent else figures
 
 
 def score(trainer: Trainer, test: Dataset, looks: list[float]) -> tuple[float, float]:
@@ -58,10 +58,10 @@ def score(trainer: Trainer, test: Dataset, looks: list[float]) -> tuple[float, f
     config: Any = trainer.model.config  # type: ignore[union-attr]
     before, config.looks = config.looks, looks
     try:
-        found: Any = trainer.predict(test, ignore_keys=[]).metrics  # or else it would leave the budgets out
+        figures: Any = trainer.predict(test, ignore_keys=[]).metrics  # or else it would leave the budgets out
     finally:
         config.looks = before
-    return found["test_accuracy"], found["test_budget"]
+    return figures["test_accuracy"], figures["test_budget"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,12 +102,12 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.evaluate()  # the callback measures how sure the first look is
     trainer.save_model()
-    found = {label: score(trainer, parts["test"], looks) for label, looks in LOOKS.items()}
+    scores = {label: score(trainer, parts["test"], looks) for label, looks in LOOKS.items()}
     if trainer.is_world_process_zero():
         print(
             f"{arguments.world_size} processes, {trainer.accelerator.distributed_type.value} on {arguments.device.type}"
         )
-        for label, (accuracy, budget) in found.items():
+        for label, (accuracy, budget) in scores.items():
             print(f"{label:<10}  accuracy {accuracy:.4f}  mean budget {budget:.3f}")
 
 

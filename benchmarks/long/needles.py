@@ -30,13 +30,13 @@ class Told(NamedTuple):
     """What a document says.
 
     Args:
-        own: Statements that the answer follows from, in the order of telling.
+        chain: Statements that the answer follows from, in the order of telling.
         others: Those of the second chain.
         question: About the first.
         answer: Who.
     """
 
-    own: list[str]
+    chain: list[str]
     others: list[str]
     question: str
     answer: str
@@ -44,13 +44,13 @@ class Told(NamedTuple):
 
 def _ways(hops: int, people: Sequence[str], draw: random.Random) -> Told:
     """Who has a thing that went through so many hands of `people`, in order; the others hand on another."""
-    things, own = draw.sample(OBJECTS, 2), people[: hops + 1]
+    things, holders = draw.sample(OBJECTS, 2), people[: hops + 1]
 
     def way(people: Sequence[str], thing: str) -> list[str]:
         links = [draw.choice(PASSES).format(giver, taker, thing) for giver, taker in pairwise(people)]
         return [f"{people[0]} has the {thing}.", *links]
 
-    return Told(way(own, things[0]), way(people[hops + 1 :], things[1]), f"Who has the {things[0]}?", own[-1])
+    return Told(way(holders, things[0]), way(people[hops + 1 :], things[1]), f"Who has the {things[0]}?", holders[-1])
 
 
 def handed(hops: int, most_hops: int, draw: random.Random) -> Told:
@@ -60,21 +60,21 @@ def handed(hops: int, most_hops: int, draw: random.Random) -> Told:
 
 def scattered(hops: int, most_hops: int, draw: random.Random) -> Told:
     """The same, out of order."""
-    told = _ways(hops, draw.sample(PEOPLE, most_hops + 2), draw)
-    own, others = (draw.sample(way, len(way)) for way in (told.own, told.others))
-    return Told(own, others, told.question.replace("?", " at the end?"), told.answer)
+    content = _ways(hops, draw.sample(PEOPLE, most_hops + 2), draw)
+    chain, others = (draw.sample(way, len(way)) for way in (content.chain, content.others))
+    return Told(chain, others, content.question.replace("?", " at the end?"), content.answer)
 
 
 def reported(hops: int, most_hops: int, draw: random.Random) -> Told:
     """Who is above all others that somebody reports to."""
     people = draw.sample(PEOPLE, most_hops + 4)
-    own, others = people[: hops + 2], people[hops + 2 :]
+    line, others = people[: hops + 2], people[hops + 2 :]
 
     def chain(people: Sequence[str]) -> list[str]:
         links = [draw.choice(REPORTS).format(*pair) for pair in pairwise(people)]
         return draw.sample(links, len(links))
 
-    return Told(chain(own), chain(others), f"Who is at the top above {own[0]}?", own[-1])
+    return Told(chain(line), chain(others), f"Who is at the top above {line[0]}?", line[-1])
 
 
 TASKS: dict[str, Callable[[int, int, random.Random], Told]] = {
@@ -91,8 +91,8 @@ def insert(statements: list[list[str]], paragraphs: list[str], draw: random.Rand
         draw: Of the places.
     """
     # Of each chain rising, so that its statements stay in order; the chains lie in one another.
-    places = [sorted(draw.uniform(0, len(paragraphs) + 1) for _ in told) for told in statements]
-    placed = [x for own, told in zip(places, statements, strict=True) for x in zip(own, told, strict=True)]
+    places = [sorted(draw.uniform(0, len(paragraphs) + 1) for _ in chain) for chain in statements]
+    placed = [x for spots, chain in zip(places, statements, strict=True) for x in zip(spots, chain, strict=True)]
     parts: list[list[str]] = [[], *([x] for x in paragraphs)]
     for place, statement in sorted(placed):
         parts[int(place)].append(statement)
@@ -117,11 +117,11 @@ def make_documents(
     draw = random.Random(seed)
     for number in range(count):
         hops = number % (most_hops + 1)
-        told = TASKS[task](hops, most_hops, draw)
+        content = TASKS[task](hops, most_hops, draw)
         filling: list[str] = []
         while sum(len(x.split()) for x in filling) < words:
             filling.append(draw.choice(paragraphs))
-        text, last = insert([told.own, told.others], filling, draw)
+        text, last = insert([content.chain, content.others], filling, draw)
         depth = last / len(filling) if filling else 1.0
-        label = PEOPLE.index(told.answer)
-        yield {"text": text, "text_pair": told.question, "label": label, "hops": hops, "depth": depth}
+        label = PEOPLE.index(content.answer)
+        yield {"text": text, "text_pair": content.question, "label": label, "hops": hops, "depth": depth}

@@ -38,11 +38,11 @@ WAYS = (
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Results of all seeds, by data set."""
-    found = defaultdict(list)
+    results = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        found[result["data"]].append(result)
-    return dict(found)
+        results[result["data"]].append(result)
+    return dict(results)
 
 
 def mean(runs: list[dict[str, Any]], *path: str) -> float | None:
@@ -88,8 +88,8 @@ def documents_table(results: dict[str, list[dict[str, Any]]]) -> str:
         for positions, way in product(("tiled", "interpolated"), whole):
             path = (f"{positions}, untrained",) if way == "untrained" else (positions, way)
             if (accuracy := mean(runs, "long", *path, "accuracy")) is not None:
-                told = way.replace("chunks", "whole documents").replace("untrained", "whole documents, untrained")
-                rows.append([f"{told}, positions {positions}", _show(accuracy, ".1%"), *["-"] * 5])
+                label = way.replace("chunks", "whole documents").replace("untrained", "whole documents, untrained")
+                rows.append([f"{label}, positions {positions}", _show(accuracy, ".1%"), *["-"] * 5])
         head = ["way", "accuracy", "agreement", "work", "time", "documents a second", "MiB"]
         text += table(head, rows)
     return text
@@ -101,9 +101,9 @@ def width_or_length(results: dict[str, list[dict[str, Any]]]) -> str:
     for name, runs in results.items():
         if name in OTHERS:
             continue
-        for cost, found in runs[0]["ways"]["at_cost"].items():
+        for cost, cascades in runs[0]["ways"]["at_cost"].items():
             best: dict[str, tuple[float, float]] = {}
-            for cascade in found:
+            for cascade in cascades:
                 kind = cascade.split(":")[0]
                 figures = [mean(runs, "ways", "at_cost", cost, cascade, x) for x in ("agreement", "accuracy")]
                 if None not in figures:
@@ -121,29 +121,30 @@ def needles_table(runs: list[dict[str, Any]]) -> str:
          _show(mean(runs, "by_hops", number, "spent"), ".2f")]
         for number in hops
     ]  # fmt: skip
-    found = {x: mean(runs, "spearman", x) for x in ("hops", "depth", "wrong", "doubt")}
+    correlations = {x: mean(runs, "spearman", x) for x in ("hops", "depth", "wrong", "doubt")}
     looks = {x: mean(runs, "looks", x) for x in ("accuracy", "agreement", "cost")}
     return (
         table(["hops", "all open", "1/4", "1/12", "looks", "spent"], rows)
         + f"\nAll open {_show(mean(runs, 'open', 'accuracy'), '.1%')}; looks {_show(looks['accuracy'], '.1%')} at "
         f"{_show(looks['cost'], '.2f')} of the work, agreement {_show(looks['agreement'], '.1%')}. Rank correlation of "
-        f"what was spent with hops {_show(found['hops'], '.2f')}, with depth {_show(found['depth'], '.2f')}, with "
-        f"whether the full model is wrong {_show(found['wrong'], '.2f')}, and with how little sure that is of its "
-        f"answer {_show(found['doubt'], '.2f')}; seeds: {len(runs)}.\n"
+        f"what was spent with hops {_show(correlations['hops'], '.2f')}, with depth "
+        f"{_show(correlations['depth'], '.2f')}, with whether the full model is wrong "
+        f"{_show(correlations['wrong'], '.2f')}, and with how little sure that is of its answer "
+        f"{_show(correlations['doubt'], '.2f')}; seeds: {len(runs)}.\n"
     )
 
 
 def lengths_table(run: dict[str, Any]) -> str:
     """Time and memory by length."""
-    found: dict[Any, dict[str, str]] = defaultdict(dict)
+    figures: dict[Any, dict[str, str]] = defaultdict(dict)
     for cell in run["cells"]:
         window = "all" if cell["window"] is None else str(cell["window"])
         key = f"{cell['budget']:.3g}"
-        found[cell["length"], window][key] = f"{cell['of_stock_512']['median']:.2f} / {cell['mib']:.0f} MiB"
+        figures[cell["length"], window][key] = f"{cell['of_stock_512']['median']:.2f} / {cell['mib']:.0f} MiB"
     budgets = list(dict.fromkeys(f"{cell['budget']:.3g}" for cell in run["cells"]))
     rows = [
         [str(length), f"{run['attention_share'][str(length)]:.0%}", window, *(cells[x] for x in budgets)]
-        for (length, window), cells in found.items()
+        for (length, window), cells in figures.items()
     ]
     return table(["tokens", "attention's share", "sees", *(f"budget {x}" for x in budgets)], rows)
 
@@ -157,7 +158,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for kind, (style, colour) in styles.items():
             points = []
             for cost in runs[0]["ways"]["at_cost"]:
-                found = [
+                pairs = [
                     (
                         mean(runs, "ways", "at_cost", cost, x, "agreement"),
                         mean(runs, "ways", "at_cost", cost, x, "cost"),
@@ -165,8 +166,8 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
                     for x in runs[0]["ways"]["at_cost"][cost]
                     if x.startswith(kind)
                 ]
-                if found := [x for x in found if None not in x]:
-                    points.append(max(found))
+                if pairs := [x for x in pairs if None not in x]:
+                    points.append(max(pairs))
             if not points:  # too dear for all of these
                 continue
             axis.plot([x[1] for x in points], [100 * x[0] for x in points], style, color=colour, label=f"looks, {kind}")

@@ -48,7 +48,7 @@ ROUNDS = 3
 TIMED = 32
 
 
-def read_documents(folder: Path, name: str, own: dict[str, Any]) -> dict[str, Dataset]:
+def read_documents(folder: Path, name: str, setup: dict[str, Any]) -> dict[str, Dataset]:
     """Training, calibration and test rows, drawn the same way for all seeds."""
     import pyarrow.parquet
 
@@ -62,10 +62,10 @@ def read_documents(folder: Path, name: str, own: dict[str, Any]) -> dict[str, Da
             splits[split] = rows.filter(lambda row: bool(row["text"].strip()))
     if "validation" not in splits:  # of the rows that are not tested on
         test = splits["test"]
-        splits["validation"] = test.skip(min(own["test"], len(test)))
-    sizes = {"train": own["train"], "validation": own["calibration"], "test": own["test"]}
-    found = {split: rows.take(min(sizes[split], len(rows))) for split, rows in splits.items()}
-    return {"train": found["train"], "calibration": found["validation"], "test": found["test"]}
+        splits["validation"] = test.skip(min(setup["test"], len(test)))
+    sizes = {"train": setup["train"], "validation": setup["calibration"], "test": setup["test"]}
+    parts = {split: rows.take(min(sizes[split], len(rows))) for split, rows in splits.items()}
+    return {"train": parts["train"], "calibration": parts["validation"], "test": parts["test"]}
 
 
 def pieces(rows: Dataset, length: int, seed: int) -> Dataset:
@@ -82,55 +82,55 @@ def pieces(rows: Dataset, length: int, seed: int) -> Dataset:
 
 
 def train(
-    start: str, rows: Dataset, folder: Path, settings: dict[str, Any], own: dict[str, Any], **fields: Any
+    start: str, rows: Dataset, folder: Path, settings: dict[str, Any], setup: dict[str, Any], **fields: Any
 ) -> Path:
     """A BudgetFormer by the recipe, unless it is there."""
     if not (folder / "budgetformer" / "training.json").exists():
         arguments = TrainingArguments(
             str(folder),
-            num_train_epochs=own["epochs"],
-            learning_rate=own.get("learning_rate", settings["learning_rate"]),
+            num_train_epochs=setup["epochs"],
+            learning_rate=setup.get("learning_rate", settings["learning_rate"]),
             lr_scheduler_type="linear",
             warmup_steps=0.1,
-            per_device_train_batch_size=own["batch_size"],
+            per_device_train_batch_size=setup["batch_size"],
             train_sampling_strategy="group_by_length",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
             logging_steps=25,
             use_cpu=True,
-            seed=own["seed"],
+            seed=setup["seed"],
         )
         train_classifier(start, rows, arguments, **fields)
     return folder
 
 
-def start_of(own: dict[str, Any], starts: Path | None, folder: Path) -> tuple[str, dict[str, Any]]:
+def start_of(setup: dict[str, Any], starts: Path | None, folder: Path) -> tuple[str, dict[str, Any]]:
     """Where training starts, and how: a plain MiniLM, or one that the accuracy benchmark has fine-tuned.
 
     That is the full model as it is, unless its labels come in another "order", of a task that it is fine-tuned for.
     """
-    if "start" not in own:
+    if "start" not in setup:
         return minilm(), {}
     if starts is None:
-        raise SystemExit(f"--starts must be the accuracy benchmark's work folder, for its model of {own['start']}.")
+        raise SystemExit(f"--starts must be the accuracy benchmark's work folder, for its model of {setup['start']}.")
     if not (folder / "config.json").exists():
-        fine_tuned = starts / f"{own['start']}-{own['seed']}" / "full"
+        fine_tuned = starts / f"{setup['start']}-{setup['seed']}" / "full"
         model: Any = AutoModelForSequenceClassification.from_pretrained(fine_tuned)
-        if "order" in own:
+        if "order" in setup:
             for part in model.classifier.parameters():
-                part.data = part.data[own["order"]]
+                part.data = part.data[setup["order"]]
         model.save_pretrained(folder)
         load_tokenizer().save_pretrained(folder)
-    return str(folder), {"fine_tuned": "order" not in own}
+    return str(folder), {"fine_tuned": "order" not in setup}
 
 
 def ask(model: Any, rows: Any, tokenizer: Any, budget: float) -> np.ndarray:
     """Logits of every row, (N, num_labels)."""
-    found = np.zeros((len(rows["input_ids"]), model.config.num_labels), np.float32)
+    logits = np.zeros((len(rows["input_ids"]), model.config.num_labels), np.float32)
     for answers in answer_rows(model, rows, tokenizer, BATCH, budget):
-        found[answers.places] = answers.logits
-    return found
+        logits[answers.places] = answers.logits
+    return logits
 
 
 def svm(rows: dict[str, Dataset]) -> dict[str, float]:
@@ -157,9 +157,9 @@ def answers_of(model: Any, tokenizer: Any, rows: Dataset, length: int, target: P
     chunks = split_documents(columns, tokenizer, length)
     if not target.exists():
         ends = keep_ends(columns, tokenizer, length)
-        found = {f"chunks {budget:.6f}": ask(model, chunks.rows, tokenizer, budget) for budget in BUDGETS}
-        found |= {f"ends {budget:.6f}": ask(model, ends, tokenizer, budget) for budget in BUDGETS}
-        np.savez(target, tokens_of_ends=np.array([len(x) for x in ends["input_ids"]]), **found)
+        logits = {f"chunks {budget:.6f}": ask(model, chunks.rows, tokenizer, budget) for budget in BUDGETS}
+        logits |= {f"ends {budget:.6f}": ask(model, ends, tokenizer, budget) for budget in BUDGETS}
+        np.savez(target, tokens_of_ends=np.array([len(x) for x in ends["input_ids"]]), **logits)
     kept = np.load(target)
     part = {kind: {b: kept[f"{kind} {b:.6f}"] for b in BUDGETS} for kind in ("chunks", "ends")}
     return Answered(
@@ -167,7 +167,7 @@ def answers_of(model: Any, tokenizer: Any, rows: Dataset, length: int, target: P
     )
 
 
-def time_ways(model: Any, tokenizer: Any, rows: Dataset, length: int, found: dict[str, Any]) -> dict[str, Any]:
+def time_ways(model: Any, tokenizer: Any, rows: Dataset, length: int, results: dict[str, Any]) -> dict[str, Any]:
     """Seconds a document of each way, in turn, and the most memory that weights and a batch hold."""
     some = rows.take(min(TIMED, len(rows)))
     columns = some.remove_columns("label")[:]
@@ -189,7 +189,7 @@ def time_ways(model: Any, tokenizer: Any, rows: Dataset, length: int, found: dic
     ways = {"chunks": through(chunks, [(None, 1.0)], []), "first": through(first, [(None, 1.0)], [])}
     ways["ends"] = through(both, [(None, 1.0)], [])
     ways["chunks at 1/4"] = through(chunks, [(None, 1 / 4)], [])
-    for name, way in found.items():
+    for name, way in results.items():
         if "kind" in way:  # the best looks of that work; other cascades are told by what they cost
             ways[name] = through(chunks, way["looks"], way["thresholds"])
         elif "chunk_looks" in way:
@@ -197,12 +197,12 @@ def time_ways(model: Any, tokenizer: Any, rows: Dataset, length: int, found: dic
             ways[name] = per_chunk(part, way["chunk_looks"], way["thresholds"])
     times = interleave({name: stopwatch(way) for name, way in ways.items()}, ROUNDS)
     timing = {}
-    for name, own in times.items():
+    for name, seconds in times.items():
         with HeldMemory([*model.parameters(), *model.buffers()]) as held:
             ways[name]()
         timing[name] = {
-            "seconds": spread([x / len(some) for x in own]),
-            "of_chunks": spread([x / whole for x, whole in zip(own, times["chunks"], strict=True)]),
+            "seconds": spread([x / len(some) for x in seconds]),
+            "of_chunks": spread([x / whole for x, whole in zip(seconds, times["chunks"], strict=True)]),
             "mib": held.peak / 2**20,
         }
     return timing
@@ -210,28 +210,30 @@ def time_ways(model: Any, tokenizer: Any, rows: Dataset, length: int, found: dic
 
 def run_documents(name: str, options: argparse.Namespace, settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """One data set of real documents."""
-    own = {**settings["data"][name], "seed": seed}
-    rows, work = read_documents(options.data, name, own), options.work / f"{name}-{seed}"
+    setup = {**settings["data"][name], "seed": seed}
+    rows, work = read_documents(options.data, name, setup), options.work / f"{name}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
     length = settings["chunk"]
-    start, how = start_of(own, options.starts, work / "start")
-    folder = train(start, pieces(rows["train"], length, seed), work / "chunk", settings, own, max_length=length, **how)
+    start, how = start_of(setup, options.starts, work / "start")
+    folder = train(
+        start, pieces(rows["train"], length, seed), work / "chunk", settings, setup, max_length=length, **how
+    )
     model, tokenizer = load_classifier(str(folder), budgeted=True, device="cpu")
     answered = {
         split: answers_of(model, tokenizer, rows[split], length, work / f"{split}.npz")
         for split in ("calibration", "test")
     }
-    found: dict[str, Any] = {"svm": svm(rows), "ways": judge(answered["calibration"], answered["test"])}
-    found["documents"] = {
+    results: dict[str, Any] = {"svm": svm(rows), "ways": judge(answered["calibration"], answered["test"])}
+    results["documents"] = {
         "rows": {split: len(part) for split, part in rows.items()},
         "tokens": spread(np.bincount(answered["test"].owners, answered["test"].lengths).tolist()),
         "chunks": float(len(answered["test"].owners) / len(answered["test"].labels)),
     }
-    if "long" in own and not options.no_long:
-        found["long"] = run_long(rows, work, settings, own)
+    if "long" in setup and not options.no_long:
+        results["long"] = run_long(rows, work, settings, setup)
     if options.time:
-        found["timing"] = time_ways(model, tokenizer, rows["test"], length, found["ways"])
-    return found
+        results["timing"] = time_ways(model, tokenizer, rows["test"], length, results["ways"])
+    return results
 
 
 def interpolated(start: str, folder: Path, length: int) -> str:
@@ -246,11 +248,11 @@ def interpolated(start: str, folder: Path, length: int) -> str:
     return str(folder)
 
 
-def run_long(rows: dict[str, Dataset], work: Path, settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def run_long(rows: dict[str, Dataset], work: Path, settings: dict[str, Any], setup: dict[str, Any]) -> dict[str, Any]:
     """Models of all the document at once, their position tables extended in both ways: as they are, and trained."""
     length = settings["long"]
-    start = str(work / "start" if "start" in own else work / "chunk" / "teacher")
-    found: dict[str, Any] = {"trained_on": own["long"]}
+    start = str(work / "start" if "start" in setup else work / "chunk" / "teacher")
+    results: dict[str, Any] = {"trained_on": setup["long"]}
     labels = {split: np.array(rows[split]["label"]) for split in ("calibration", "test")}
 
     def logits_of(model: Any, tokenizer: Any, split: str, target: Path, budgets: Sequence[float]) -> Any:
@@ -264,41 +266,41 @@ def run_long(rows: dict[str, Dataset], work: Path, settings: dict[str, Any], own
         begin = start if way == "tiled" else interpolated(start, work / "start-interpolated", length)
         plain: Any = BudgetFormerForSequenceClassification.from_pretrained(begin, max_position_embeddings=length)
         answers = logits_of(plain.eval(), load_tokenizer(), "test", work / f"long-{way}-plain.npz", [1.0])[1.0]
-        found[f"{way}, untrained"] = {"accuracy": float((answers.argmax(-1) == labels["test"]).mean())}
-        if not own["long"]:
+        results[f"{way}, untrained"] = {"accuracy": float((answers.argmax(-1) == labels["test"]).mean())}
+        if not setup["long"]:
             continue
-        some, more = rows["train"].take(own["long"]), {"max_length": length, "max_position_embeddings": length}
-        folder = train(begin, some, work / f"long-{way}", settings, {**own, "batch_size": 4, "epochs": 1}, **more)
+        some, more = rows["train"].take(setup["long"]), {"max_length": length, "max_position_embeddings": length}
+        folder = train(begin, some, work / f"long-{way}", settings, {**setup, "batch_size": 4, "epochs": 1}, **more)
         model, tokenizer = load_classifier(str(folder), budgeted=True, device="cpu")
         parts = {}
         for split in ("calibration", "test"):
             logits = logits_of(model, tokenizer, split, work / f"long-{way}-{split}.npz", BUDGETS)
             count, ones = len(rows[split]), np.ones(len(rows[split]), dtype=np.int64)
             parts[split] = Answered(logits, logits, np.arange(count), ones, ones, labels[split])
-        found[way] = judge(parts["calibration"], parts["test"])
-    return found
+        results[way] = judge(parts["calibration"], parts["test"])
+    return results
 
 
 def run_needles(task: str, options: argparse.Namespace, settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """A generated set, whose difficulty is known."""
     from docstrings import load_docstrings
 
-    own = {**settings["needles"], "seed": seed}
+    setup = {**settings["needles"], "seed": seed}
     work = options.work / f"{task}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
     texts, rows = load_docstrings(), {}
     for number, split in enumerate(("train", "calibration", "test")):
         paragraphs = texts["validation" if split == "calibration" else split]["text"]
-        made = make_documents(task, list(paragraphs), own[split], 1000 * seed + number, own["words"], own["hops"])
+        made = make_documents(task, list(paragraphs), setup[split], 1000 * seed + number, setup["words"], setup["hops"])
         rows[split] = Dataset.from_list(list(made))
     plain = {split: part.remove_columns(["hops", "depth"]) for split, part in rows.items()}
-    folder = train(minilm(), plain["train"], work / "model", settings, own, max_length=own["max_length"], mixed=0)
+    folder = train(minilm(), plain["train"], work / "model", settings, setup, max_length=setup["max_length"], mixed=0)
     model, tokenizer = load_classifier(str(folder), budgeted=True, device="cpu")
     logits = {}
     for split in ("calibration", "test"):
         target = work / f"{split}.npz"
         if not target.exists():
-            inputs = tokenized(plain[split].remove_columns("label")[:], tokenizer, own["max_length"])
+            inputs = tokenized(plain[split].remove_columns("label")[:], tokenizer, setup["max_length"])
             np.savez(target, **{f"{b:.6f}": ask(model, inputs, tokenizer, b) for b in BUDGETS})
         kept = np.load(target)
         logits[split] = {b: kept[f"{b:.6f}"] for b in BUDGETS}
@@ -317,7 +319,7 @@ def run_lengths() -> dict[str, Any]:
         for window in windows
     }
     batches = {length: make_batch(stock.config, [length] * 4) for length in lengths}
-    runs, found = {"stock 512": stopwatch(lambda: stock(**batches[512]))}, {}
+    runs, cells = {"stock 512": stopwatch(lambda: stock(**batches[512]))}, {}
     with torch.inference_mode():
         for length, window, budget in product(lengths, windows, budgets):
             model, batch = models[window], batches[length]
@@ -330,24 +332,24 @@ def run_lengths() -> dict[str, Any]:
             torch.testing.assert_close(run()[:1], model(**few, budget=budget, executor="masked").logits)
             with HeldMemory([*model.parameters(), *model.buffers()]) as held:
                 run()
-            found[name] = {"length": length, "window": window, "budget": budget, "mib": held.peak / 2**20}
+            cells[name] = {"length": length, "window": window, "budget": budget, "mib": held.peak / 2**20}
             runs[name] = stopwatch(run)
         times = interleave(runs, ROUNDS)
     base = [x / (4 * 512) for x in times["stock 512"]]
-    for name, figures in found.items():
+    for name, figures in cells.items():
         tokens = 4 * figures["length"]
         figures["of_stock_512"] = spread([x / tokens / y for x, y in zip(times[name], base, strict=True)])
     width = stock.config.hidden_size
     # Two products of each token with all others, beside twelve weights for each number of a token.
     share = {str(x): 4 * x * width / (4 * x * width + 24 * width**2) for x in lengths}
-    return {"cells": list(found.values()), "attention_share": share}
+    return {"cells": list(cells.values()), "attention_share": share}
 
 
-def write(folder: Path, name: str, seed: int, settings: Any, threads: int, found: dict[str, Any]) -> Path:
+def write(folder: Path, name: str, seed: int, settings: Any, threads: int, results: dict[str, Any]) -> Path:
     """Keeps a result."""
     about = {"data": name, "seed": seed, "settings": settings, "threads": threads, "environment": environment()}
     path = folder / f"{name}-{seed}.json"
-    path.write_text(json.dumps({**about, **found}, indent=1) + "\n")
+    path.write_text(json.dumps({**about, **results}, indent=1) + "\n")
     return path
 
 
@@ -373,12 +375,12 @@ def main() -> None:
     for name in options.data_sets or [*TASKS, *settings["data"], *(["lengths"] if options.time else [])]:
         for seed in options.seeds:
             if name in TASKS:
-                found = run_needles(name, options, settings, seed)
+                results = run_needles(name, options, settings, seed)
             elif name == "lengths":
-                found = run_lengths()
+                results = run_lengths()
             else:
-                found = run_documents(name, options, settings, seed)
-            print(write(options.output, name, seed, settings, options.threads, found), flush=True)
+                results = run_documents(name, options, settings, seed)
+            print(write(options.output, name, seed, settings, options.threads, results), flush=True)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,10 @@ class Answered(NamedTuple):
         def ask(places: np.ndarray, budget: float | None) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.from_numpy(self.chunks[budget][places]), torch.full((len(places),), budget)  # type: ignore[index, call-overload]
 
-        found = look_through(
+        answers = look_through(
             ask, Chunks(rows, self.owners), [DocumentLook(*x) for x in looks], thresholds, pooling, PROBLEM
         )
-        return found.logits.argmax(-1).numpy(), found.spent.numpy()
+        return answers.logits.argmax(-1).numpy(), answers.spent.numpy()
 
     def looked(self, first: float, threshold: float, of: str) -> tuple[np.ndarray, np.ndarray]:
         """The same, by looks at each chunk ("chunks"), at the first alone ("first"), or at both ends ("ends")."""
@@ -75,30 +75,30 @@ class Answered(NamedTuple):
         places = np.unique(owners, return_index=True)[1] if of == "first" else np.arange(len(owners))
 
         def ask(at: np.ndarray, budget: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-            asked = places[at]
-            return torch.from_numpy(logits[asked]), torch.from_numpy(cost[asked].astype(np.float32))
+            rows = places[at]
+            return torch.from_numpy(logits[rows]), torch.from_numpy(cost[rows].astype(np.float32))
 
         chunks = Chunks({"input_ids": [range(x) for x in lengths[places]]}, owners[places])
-        found = look_through(ask, chunks, [DocumentLook(None, None)], [], "mean", PROBLEM)
+        answers = look_through(ask, chunks, [DocumentLook(None, None)], [], "mean", PROBLEM)
         # Of the work on the whole document.
         whole = np.bincount(self.owners, self.lengths)
         share = np.bincount(owners[places], lengths[places], len(whole)) / whole
-        return found.logits.argmax(-1).numpy(), found.spent.numpy() * share
+        return answers.logits.argmax(-1).numpy(), answers.spent.numpy() * share
 
 
-def _score(answers: np.ndarray, spent: np.ndarray, own: Answered, reference: np.ndarray) -> dict[str, float]:
+def _score(answers: np.ndarray, spent: np.ndarray, documents: Answered, reference: np.ndarray) -> dict[str, float]:
     return {
-        "accuracy": float((answers == own.labels).mean()),
+        "accuracy": float((answers == documents.labels).mean()),
         "agreement": float((answers == reference).mean()),
         "cost": float(spent.mean()),
     }
 
 
-def _cheapest(found: dict[Any, tuple[np.ndarray, np.ndarray]], reference: np.ndarray, kept: float = KEPT) -> Any:
+def _cheapest(trials: dict[Any, tuple[np.ndarray, np.ndarray]], reference: np.ndarray, kept: float = KEPT) -> Any:
     """The key of the cheapest answers that agree enough; where none do, of those that agree most."""
-    agreement = {key: (answers == reference).mean() for key, (answers, _) in found.items()}
-    good = [key for key in found if agreement[key] >= kept]
-    return min(good, key=lambda key: found[key][1].mean()) if good else max(agreement, key=lambda key: agreement[key])
+    agreement = {key: (answers == reference).mean() for key, (answers, _) in trials.items()}
+    good = [key for key in trials if agreement[key] >= kept]
+    return min(good, key=lambda key: trials[key][1].mean()) if good else max(agreement, key=lambda key: agreement[key])
 
 
 def _thresholds(looks: Sequence[Any]) -> list[tuple[float, ...]]:
@@ -110,11 +110,11 @@ def _thresholds(looks: Sequence[Any]) -> list[tuple[float, ...]]:
 def judge(calibration: Answered, test: Answered) -> dict[str, Any]:
     """Every way: its figures on test rows, with thresholds from calibration rows."""
     whole = [(None, 1.0)]
-    reference = {split: own.through(whole, [])[0] for split, own in (("calibration", calibration), ("test", test))}
+    reference = {split: part.through(whole, [])[0] for split, part in (("calibration", calibration), ("test", test))}
     ways: dict[str, Any] = {}
 
-    def add(name: str, found: tuple[np.ndarray, np.ndarray], **more: Any) -> None:
-        ways[name] = {**_score(*found, test, reference["test"]), **more}
+    def add(name: str, result: tuple[np.ndarray, np.ndarray], **more: Any) -> None:
+        ways[name] = {**_score(*result, test, reference["test"]), **more}
 
     for pooling in POOLINGS:
         add("chunks" if pooling == "mean" else f"chunks, {pooling}", test.through(whole, [], pooling))
@@ -123,9 +123,9 @@ def judge(calibration: Answered, test: Answered) -> dict[str, Any]:
     for of in ("first", "ends", "chunks"):
         if of != "chunks":
             add(of, test.looked(1.0, 0.0, of))
-        own = calibration.looked(1.0, 0.0, of)[0]
+        expected = calibration.looked(1.0, 0.0, of)[0]
         tried = {(b, t): calibration.looked(b, t, of) for b in FIRST_LOOKS for t in GRID}
-        budget, threshold = _cheapest(tried, own)
+        budget, threshold = _cheapest(tried, expected)
         looks = {"chunk_looks": [budget, 1.0], "thresholds": [float(threshold)], "of": of}
         add(f"{of}, looks", test.looked(budget, threshold, of), **looks)
     at_cost: dict[str, Any] = {f"{cost}": {} for cost in COSTS}
@@ -146,8 +146,8 @@ def judge(calibration: Answered, test: Answered) -> dict[str, Any]:
                 chosen[cost] = max(chosen.get(cost, (0.0, 0.0, "", ())), (*paid[best], name, best))
     for cost, (_, _, name, thresholds) in chosen.items():
         looks = CASCADES[name]
-        found = test.through(looks, thresholds)
-        add(f"looks, {cost} of the work", found, looks=looks, thresholds=list(map(float, thresholds)), kind=name)
+        result = test.through(looks, thresholds)
+        add(f"looks, {cost} of the work", result, looks=looks, thresholds=list(map(float, thresholds)), kind=name)
     return {**ways, "at_cost": at_cost}
 
 
@@ -164,11 +164,11 @@ def scores_of_needles(
     """
     looks = [(None, 1 / 12), (None, 1 / 4), (None, 1.0)]
     parts = {}
-    for split, found in logits.items():
+    for split, by_budget in logits.items():
         count = len(labels[split])
         ones = np.ones(count, dtype=np.int64)
-        parts[split] = Answered(found, found, np.arange(count), ones, ones, labels[split])
-    reference = {split: own.through([(None, 1.0)], [])[0] for split, own in parts.items()}
+        parts[split] = Answered(by_budget, by_budget, np.arange(count), ones, ones, labels[split])
+    reference = {split: part.through([(None, 1.0)], [])[0] for split, part in parts.items()}
     tried = {x: parts["calibration"].through(looks, x) for x in _thresholds(looks)}
     thresholds = _cheapest(tried, reference["calibration"])
     answers, spent = parts["test"].through(looks, thresholds)
@@ -178,8 +178,8 @@ def scores_of_needles(
         rows = hops == number
         by_hops[str(number)] = {
             "open": float((reference["test"] == test.labels)[rows].mean()),
-            **{f"1/{1 / b:.3g}": float((found.argmax(-1) == test.labels)[rows].mean())
-               for b, found in test.chunks.items() if b < 1.0},
+            **{f"1/{1 / b:.3g}": float((chunk_logits.argmax(-1) == test.labels)[rows].mean())
+               for b, chunk_logits in test.chunks.items() if b < 1.0},
             "looks": float((answers == test.labels)[rows].mean()),
             "spent": float(spent[rows].mean()),
         }  # fmt: skip

@@ -29,7 +29,7 @@ def count_flops(model: Any, batch: Mapping[str, torch.Tensor], budget: float | N
     config = model.config
     rows, width, layers = len(lengths), config.hidden_size, config.num_hidden_layers
     size = width // config.num_attention_heads
-    asked = config.looks[0] if budget is None and config.looks else budget
+    share = config.looks[0] if budget is None and config.looks else budget
     router = 2 * config.router_hidden_size * (width + 1) + 2 * width * config.num_attention_heads
     # Beyond the layers every matrix is applied once to each input: to its pooled or its first token.
     outside = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layer." not in name]
@@ -37,6 +37,6 @@ def count_flops(model: Any, batch: Mapping[str, torch.Tensor], budget: float | N
         "projections": 8 * width * size * int((opened * lengths).sum()),
         "core": 4 * size * int((opened * lengths * lengths).sum()),
         "feed_forward": 4 * layers * width * config.intermediate_size * int(lengths.sum()),
-        "router": 0 if asked == 1.0 else rows * layers * router,
+        "router": 0 if share == 1.0 else rows * layers * router,
         "head": 2 * rows * sum(module.weight.numel() for module in outside),
     }

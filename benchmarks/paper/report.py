@@ -36,10 +36,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def values(results: Results, variant: str, *path: str) -> list[Any]:
     """One figure of every seed of a variant; none where it was not measured."""
-    found: list[Any] = [result for result in results if result["settings"]["variant"] == variant]
+    entries: list[Any] = [result for result in results if result["settings"]["variant"] == variant]
     for key in path:
-        found = [x[key] for x in found if key in x]
-    return found
+        entries = [x[key] for x in entries if key in x]
+    return entries
 
 
 def show(figures: Sequence[float], style: str = ".4f") -> str:
@@ -77,10 +77,10 @@ def main_table(results: Results, data: str) -> str:
     """Full attention, the paper's method and ours, each at its own budget; and what was published."""
     rows = []
     for variant, name in NAMES.items():
-        own = values(results, variant, "figures", "evaluations", "own")
-        figures = [show([x[key] for x in own], style) for key, style in FIGURES.items()]
-        cuts = [show([x["flops_cut"][way] for x in own], ".1%") for way in ("core_only", "true")]
-        rows.append([name, str(len(own)), *figures, *cuts])
+        evaluations = values(results, variant, "figures", "evaluations", "own")
+        figures = [show([x[key] for x in evaluations], style) for key, style in FIGURES.items()]
+        cuts = [show([x["flops_cut"][way] for x in evaluations], ".1%") for way in ("core_only", "true")]
+        rows.append([name, str(len(evaluations)), *figures, *cuts])
     for key in sorted(PUBLISHED, key=lambda key: key != data):
         name, full, accuracy, cut, budget = PUBLISHED[key]
         name = f"published, {name} (full attention {full:.4f})"
@@ -92,9 +92,9 @@ def ablation_table(results: Results) -> str:
     """Accuracy, and the share of heads run, with s fixed in training, s forced at inference, and random heads."""
 
     def cell(variant: str, evaluation: str) -> str:
-        found = values(results, variant, "figures", "evaluations", evaluation)
-        shares = f" ({mean(x['head_share'] for x in found):.0%} of heads)" if found else ""
-        return show([x["accuracy"] for x in found]) + shares
+        entries = values(results, variant, "figures", "evaluations", evaluation)
+        shares = f" ({mean(x['head_share'] for x in entries):.0%} of heads)" if entries else ""
+        return show([x["accuracy"] for x in entries]) + shares
 
     rows = []
     for s, published in PUBLISHED_ABLATIONS.items():
@@ -107,14 +107,14 @@ def ablation_table(results: Results) -> str:
 
 def explanation_table(results: Results) -> str:
     """Norm of what hard gates let through over what soft ones did, layer by layer; and accuracy either way."""
-    found = values(results, "literal", "explanation")
-    if not found:
+    explanations = values(results, "literal", "explanation")
+    if not explanations:
         return ""
     rows = []
-    for s in found[0]["norm_ratio"]:
-        layers = [show(x, ".2f") for x in zip(*(x["norm_ratio"][s] for x in found), strict=True)]
+    for s in explanations[0]["norm_ratio"]:
+        layers = [show(x, ".2f") for x in zip(*(x["norm_ratio"][s] for x in explanations), strict=True)]
         hard = show(values(results, "literal", "figures", "evaluations", s, "accuracy"))
-        soft = show([x["soft_accuracy"][s] for x in found if s in x["soft_accuracy"]])
+        soft = show([x["soft_accuracy"][s] for x in explanations if s in x["soft_accuracy"]])
         rows.append(["own budget" if s == "own" else f"s = {s}", *layers, hard, soft])
     names = [f"norm ratio, layer {index + 1}" for index in range(len(rows[0]) - 3)]
     text = """

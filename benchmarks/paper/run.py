@@ -138,8 +138,8 @@ def train(model: Any, rows: list[dict[str, Any]], settings: dict[str, Any]) -> d
         collator = DataCollatorWithPadding(load_tokenizer())
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[BudgetCallback()])
         trainer.remove_callback(PrinterCallback)
-        found = trainer.train()
-    return {"steps": found.global_step, "seconds": found.metrics["train_runtime"], "loss": found.training_loss}
+        result = trainer.train()
+    return {"steps": result.global_step, "seconds": result.metrics["train_runtime"], "loss": result.training_loss}
 
 
 def layers_of(model: Any) -> Any:
@@ -237,7 +237,7 @@ class Scorer:
         """L2 norm of each input's gated attention output, before its projection, (inputs, layers); and accuracy."""
         contexts: list[torch.Tensor] = []
         norms, logits = [], []
-        with hooked([layer.attention.self for layer in layers_of(model)], lambda found: contexts.append(found[0])):
+        with hooked([layer.attention.self for layer in layers_of(model)], lambda output: contexts.append(output[0])):
             for batch in self.batches:
                 batch = batch.to(model.device)
                 logits.append(model(**batch, budget=budget, executor="masked").logits)
@@ -254,11 +254,11 @@ class Scorer:
         "soft_accuracy" is the accuracy with the soft weights themselves, at the own budget and at s = 1.
         """
         with soft_gates(model):
-            soft, own = self.norms(model, None)
+            soft, accuracy = self.norms(model, None)
             _, everything = self.norms(model, 1.0 - 1e-6)  # 1.0 itself is not routed
         budgets = {"own": None, **{str(budget): budget for budget in BUDGETS}}
         ratios = {name: (self.norms(model, budget)[0] / soft).mean(0).tolist() for name, budget in budgets.items()}
-        return {"soft_accuracy": {"own": own, "1.0": everything}, "norm_ratio": ratios}
+        return {"soft_accuracy": {"own": accuracy, "1.0": everything}, "norm_ratio": ratios}
 
 
 def run(settings: dict[str, Any], rows: list[dict[str, Any]], labels: int, scorer: Scorer) -> dict[str, Any]:
@@ -267,15 +267,15 @@ def run(settings: dict[str, Any], rows: list[dict[str, Any]], labels: int, score
     model = build_model(settings, labels)
     training = train(model, rows, settings)
     model.eval()
-    found = {"own": scorer.score(model)}
+    evaluations = {"own": scorer.score(model)}
     if "looks" not in settings["fields"]:
-        found |= {str(budget): scorer.score(model, budget) for budget in BUDGETS}
+        evaluations |= {str(budget): scorer.score(model, budget) for budget in BUDGETS}
     if settings["variant"] != "literal":
-        return {"figures": {"training": training, "evaluations": found}}
+        return {"figures": {"training": training, "evaluations": evaluations}}
     set_seed(settings["seed"])
     with random_heads(model):
-        found["random"] = scorer.score(model)
-    return {"figures": {"training": training, "evaluations": found}, "explanation": scorer.explain(model)}
+        evaluations["random"] = scorer.score(model)
+    return {"figures": {"training": training, "evaluations": evaluations}, "explanation": scorer.explain(model)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -293,22 +293,22 @@ def main(arguments: list[str] | None = None) -> None:
     rows, test = splits["train"][0], splits["test"][0]
     labels, scorer = 1 + max(row["labels"] for row in rows + test), Scorer(test, settings["batch_size"])
     options.output.mkdir(parents=True, exist_ok=True)
-    for own in list_runs(settings):
-        target = options.output / f"{options.experiment.stem}-{own['variant']}-{own['seed']}.json"
+    for run_settings in list_runs(settings):
+        target = options.output / f"{options.experiment.stem}-{run_settings['variant']}-{run_settings['seed']}.json"
         if options.resume and target.exists():
             before = json.loads(target.read_text())
-            if (before["settings"], before["data"]) == (own, data):
+            if (before["settings"], before["data"]) == (run_settings, data):
                 print(f"{target}: there already", flush=True)
                 continue
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         machine, start = {**environment(), "gpu": gpu, "threads": torch.get_num_threads()}, time.perf_counter()
-        found = run(own, rows, labels, scorer)
+        outcome = run(run_settings, rows, labels, scorer)
         seconds = round(time.perf_counter() - start)
-        result = {"experiment": options.experiment.stem, "settings": own, "environment": machine, "data": data}
+        result = {"experiment": options.experiment.stem, "settings": run_settings, "environment": machine, "data": data}
         unfinished = target.with_suffix(".tmp")  # or --resume would stumble over half a file
-        unfinished.write_text(json.dumps({**result, "seconds": seconds, **found}, indent=1) + "\n")
+        unfinished.write_text(json.dumps({**result, "seconds": seconds, **outcome}, indent=1) + "\n")
         unfinished.replace(target)
-        print(f"{target}: {seconds} s, accuracy {found['figures']['evaluations']['own']['accuracy']:.4f}", flush=True)
+        print(f"{target}: {seconds} s, accuracy {outcome['figures']['evaluations']['own']['accuracy']:.4f}", flush=True)
 
 
 if __name__ == "__main__":
