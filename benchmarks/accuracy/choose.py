@@ -86,11 +86,11 @@ def main() -> None:
     for name in options.data_sets:
         limits = {"calibration": settings["calibration_rows"], "test": settings["test_rows"]}
         rows = read_rows(options.data, name, {**limits, **settings["data"][name]})
-        folder = options.work / f"{name}-0" / "full"
-        logits = np.load(folder / "logits.npz")
-        full, labels = logits["calibration"], np.array(rows.calibration["labels"])
-        for trial in options.trials:
-            for seed in options.seeds:
+        labels = np.array(rows.calibration["labels"])
+        for seed in options.seeds:
+            folder = options.work / f"{name}-{seed}" / "full"
+            full = np.load(folder / "logits.npz")["calibration"]
+            for trial in options.trials:
                 target = HERE / "trials" / f"{name}-{trial}-{seed}.json"
                 if target.exists():
                     continue
