@@ -42,9 +42,9 @@ def use_stand_ins(monkeypatch, folder, texts, tokenizer):
     )
 
 
-def run_python(name, found, namespace=None):
+def run_python(name, sources, namespace=None):
     """Runs blocks one after the other in one namespace, which it returns."""
     namespace = {} if namespace is None else namespace
-    for block in found:
+    for block in sources:
         exec(compile(block, name, "exec"), namespace)
     return namespace

@@ -83,8 +83,8 @@ def embed(task):
     report["ranking"] = reranker.rank(task["pairs"][0][0], [passage for _, passage in task["pairs"]])
     encoder = SentenceTransformer(task["encoder"], trust_remote_code=True, device="cpu")
     pool = encoder.start_multi_process_pool(["cpu"]) if task["pool"] else None
-    for name, asked in (("full", {}), ("narrow", {"budget": 0.25})):
-        report[name] = torch.from_numpy(encoder.encode(task["texts"], pool=pool, **asked))
+    for name, options in (("full", {}), ("narrow", {"budget": 0.25})):
+        report[name] = torch.from_numpy(encoder.encode(task["texts"], pool=pool, **options))
     if pool is not None:
         encoder.stop_multi_process_pool(pool)
     report["classes"] = [type(module[0].model).__module__ for module in (reranker, encoder)]

@@ -112,8 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._refuse(501, "NotImplemented")
 
     def _create(self):
-        asked = json.loads(self.body)
-        repo = f"{asked.get('organization') or self.hub.user}/{asked['name']}"
+        request = json.loads(self.body)
+        repo = f"{request.get('organization') or self.hub.user}/{request['name']}"
         created = self.hub.create(repo)
         self._answer({"url": f"{self.hub.url}/{repo}", "name": repo}, status=200 if created else 409)
 
@@ -138,15 +138,15 @@ class _Handler(BaseHTTPRequestHandler):
         return commit, self.hub.commits[repo][commit]
 
     def _info(self, repo, revision):
-        if found := self._find(repo, revision):
-            commit, files = found
+        if snapshot := self._find(repo, revision):
+            commit, files = snapshot
             siblings = [{"rfilename": name} for name in files]
             self._answer({"_id": repo, "id": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings})
 
     def _tree(self, repo, revision, folder):
-        if found := self._find(repo, revision):
+        if snapshot := self._find(repo, revision):
             prefix = f"{folder}/" if folder else ""
-            inside = {name: content for name, content in found[1].items() if name.startswith(prefix)}
+            inside = {name: content for name, content in snapshot[1].items() if name.startswith(prefix)}
             if folder and not inside:
                 return self._refuse(404, "EntryNotFound")
             self._answer(
@@ -155,8 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             )  # fmt: skip
 
     def _resolve(self, repo, revision, name):
-        if found := self._find(repo, revision):
-            commit, files = found
+        if snapshot := self._find(repo, revision):
+            commit, files = snapshot
             if name not in files:
                 return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
             content = files[name]

@@ -98,9 +98,9 @@ def test_a_sharded_model_has_the_gradients_of_the_whole_one(budget, backbone_typ
         batch = batch_of([5, 9, 7], backbone_type)
         outputs = model(**batch, labels=torch.tensor([0, 1, 2]), budget=budget)
         outputs.loss.backward()
-        found = {name: x.grad for name, x in model.named_parameters() if x.requires_grad}
-        assert not [name for name, gradient in found.items() if gradient is None]
-        gradients.append({name: x.full_tensor() if sharding else x for name, x in found.items()})
+        by_name = {name: x.grad for name, x in model.named_parameters() if x.requires_grad}
+        assert not [name for name, gradient in by_name.items() if gradient is None]
+        gradients.append({name: x.full_tensor() if sharding else x for name, x in by_name.items()})
         assert model.narrow.steps.item() == 1
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -117,8 +117,8 @@ def test_the_units_of_a_sharded_model_can_be_ordered(process_group):
             for module in [*model.base_model.encoder.layer, *model.narrow.layer, model]:
                 fully_shard(module)
         order_units(model, batches)
-        found = dict(model.narrow.named_parameters())
-        weights.append({name: x.full_tensor() if sharding else x for name, x in found.items()})
+        parameters = dict(model.narrow.named_parameters())
+        weights.append({name: x.full_tensor() if sharding else x for name, x in parameters.items()})
     for name, weight in weights[0].items():
         assert torch.equal(weights[1][name], weight), name
 

@@ -72,9 +72,9 @@ def test_every_method_is_trained_scored_and_told(data, tmp_path):
     run.main(["--settings", str(path), "--data", str(data), "--work", str(work)])
     assert {file: file.stat().st_mtime_ns for file in work.rglob("*.npz")} == made
     figures.main(["--settings", str(path), "--work", str(work), "--output", str(results)])
-    found = json.loads((results / "tiny.json").read_text())["results"]
-    assert {"full", "looks 0.25", "tuned 0.01", "static 1/4", "exits 0.5", "layers 1/3"} <= found.keys()
-    assert found["full"]["0"]["agreement"] == found["full"]["0"]["cost"] == 1.0
+    scores = json.loads((results / "tiny.json").read_text())["results"]
+    assert {"full", "looks 0.25", "tuned 0.01", "static 1/4", "exits 0.5", "layers 1/3"} <= scores.keys()
+    assert scores["full"]["0"]["agreement"] == scores["full"]["0"]["cost"] == 1.0
     assert "| looks 0.25 against static 1/4 |" in report.tables(results)
     assert report.plot(tmp_path / "accuracy.png", results)
     # The results stand without their folder, and another seed from another folder joins them.
@@ -83,9 +83,9 @@ def test_every_method_is_trained_scored_and_told(data, tmp_path):
     arguments = ["--methods", "narrow", "--seeds", "1"]
     run.main(["--settings", str(path), "--data", str(data), "--work", str(other), *arguments])
     figures.main(["--settings", str(path), "--work", str(other), "--output", str(results)])
-    found = json.loads((results / "tiny.json").read_text())
-    assert found["results"]["constant 1/4"].keys() == found["runs"].keys() == {"0", "1"}
-    assert found["results"]["static 1/4"].keys() == {"0"}
+    contents = json.loads((results / "tiny.json").read_text())
+    assert contents["results"]["constant 1/4"].keys() == contents["runs"].keys() == {"0", "1"}
+    assert contents["results"]["static 1/4"].keys() == {"0"}
     after = json.loads((results / "summary.json").read_text())
     assert after["pairs"]["looks 0.25 - full"]["runs"] == 2
     assert after["pairs"]["looks 0.25 - static 1/4"] == before["pairs"]["looks 0.25 - static 1/4"]
@@ -106,12 +106,12 @@ def made_up(rows=400, seed=0):
 
 
 def test_looks_spend_what_they_are_asked_and_agree_more_the_more_they_spend():
-    found = made_up()
-    alone = found.constant(1 / 6)
-    some, most = (found.looks(mean, candidates=(1 / 6,)) for mean in (0.33, 0.6))
+    trial = made_up()
+    alone = trial.constant(1 / 6)
+    some, most = (trial.looks(mean, candidates=(1 / 6,)) for mean in (0.33, 0.6))
     assert some["cost"] == pytest.approx(0.33, abs=0.05)
     assert alone["same"].mean() < some["same"].mean() < most["same"].mean() <= 1.0
-    doubted = figures.margin(found.answers["test"][1 / 6])
+    doubted = figures.margin(trial.answers["test"][1 / 6])
     assert some["same"][np.argsort(doubted)[:40]].all()  # the most doubtful are answered by the full model
 
 
@@ -127,9 +127,9 @@ def test_early_exits_leave_at_the_first_layer_that_is_sure():
     answers = {1 / 3: np.concatenate([sure, unsure, unsure]), 2 / 3: np.concatenate([-sure, sure, unsure])}
     full = {split: np.array([[0.0, 1.0]] * 3) for split in ("calibration", "test")}
     labels = {split: np.ones(3, dtype=int) for split in full}
-    found = figures.Run({split: answers for split in full}, full, labels).exits(0.7)
-    assert found["cost"] == pytest.approx(2 / 3)
-    assert found["same"].tolist() == [False, False, True]
+    outcome = figures.Run({split: answers for split in full}, full, labels).exits(0.7)
+    assert outcome["cost"] == pytest.approx(2 / 3)
+    assert outcome["same"].tolist() == [False, False, True]
 
 
 def test_the_interval_holds_the_mean_in_95_of_100_draws():
@@ -144,10 +144,10 @@ def test_the_interval_holds_the_mean_in_95_of_100_draws():
 def test_means_are_over_seeds_then_data_sets_and_seeds_of_the_same_rows_make_no_interval_narrower():
     better = {"accuracy": [0, 90, 10], "agreement": [0, 80, 20]}
     worse = {"accuracy": [10, 90, 0], "agreement": [0, 100, 0]}
-    found = {"a": {"pairs": {"x - y": {"0": better, "1": better}}}, "b": {"pairs": {"x - y": {"0": worse}}}}
-    entry = figures.compare("x - y", found)
+    data_sets = {"a": {"pairs": {"x - y": {"0": better, "1": better}}}, "b": {"pairs": {"x - y": {"0": worse}}}}
+    entry = figures.compare("x - y", data_sets)
     assert (entry["runs"], entry["data_sets"], entry["accuracy"], entry["agreement"]) == (3, 2, 0.0, 10.0)
-    once = figures.compare("x - y", {"a": {"pairs": {"x - y": {"0": better}}}, "b": found["b"]})
+    once = figures.compare("x - y", {"a": {"pairs": {"x - y": {"0": better}}}, "b": data_sets["b"]})
     for kind in ("accuracy_interval", "agreement_interval"):
         assert entry[kind] == once[kind]
     assert figures.compare("y - x", {"c": {"pairs": {}}}) is None

@@ -27,8 +27,8 @@ def answers(model, backbone_type, budgets=(*BUDGETS, None)):
     return [model(**batch, budget=budget).logits for budget in budgets]
 
 
-def assert_same(found, expected):
-    for one, other in zip(found, expected, strict=True):
+def assert_same(outputs, expected):
+    for one, other in zip(outputs, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 

@@ -93,8 +93,8 @@ def test_a_model_is_measured_in_every_way(measured):
     by_length = [f"{name} sorted" for name in ("stock", "ours 1", "ours 1/4", *looks)]
     assert list(figures["1"]["latency_ms"]) == ways
     assert list(figures["1"]["ways"]) == [*ways, *by_length]
-    for found in figures["1"]["ways"].values():
-        assert found["ratio"]["q1"] <= found["ratio"]["median"] <= found["ratio"]["q3"]
+    for way in figures["1"]["ways"].values():
+        assert way["ratio"]["q1"] <= way["ratio"]["median"] <= way["ratio"]["q3"]
     assert set(figures["1"]["ways"]["ours 1/4"]["ratio_to_cut"]) == {"q1", "median", "q3"}
     assert figures["tokens"]["padded_sorted"] <= figures["tokens"]["padded"]
     assert figures["memory"]["stock"]["ratio"] == 1.0
@@ -104,43 +104,43 @@ def test_a_model_is_measured_in_every_way(measured):
 
 def test_looks_ask_the_full_model_about_the_share_that_was_asked_for(measured):
     # All of the means lie below the narrow budget, where a mean budget would be the narrow encoder's alone.
-    found = measured({**MODEL, "batch_size": 5, "batches": 4})["figures"]["looks"]
-    assert [x["doubted"] for x in found.values()] == pytest.approx([0.1, 0.2, 0.1], abs=0.051)
-    for x in found.values():
+    looks = measured({**MODEL, "batch_size": 5, "batches": 4})["figures"]["looks"]
+    assert [x["doubted"] for x in looks.values()] == pytest.approx([0.1, 0.2, 0.1], abs=0.051)
+    for x in looks.values():
         assert x["spent"] >= x["doubted"]
 
 
 @pytest.mark.slow
 def test_other_runtimes_are_timed_on_the_same_rows(measured, monkeypatch):
-    asked = []
+    calls = []
 
     def make_rivals(names, model, batches, threads):
-        asked.append((names, threads, sum(len(batch["input_ids"]) for batch in batches)))
+        calls.append((names, threads, sum(len(batch["input_ids"]) for batch in batches)))
         return {"onnx": rivals.Rival(lambda batch: model(**batch, budget=1.0).logits, 0.5)}
 
     monkeypatch.setattr(level_model, "make_rivals", make_rivals)
-    found = measured({**MODEL, "rivals": ["onnx"]})["figures"]["1"]
-    assert asked == [(["onnx"], 1, 8)]
-    assert {"onnx", "onnx sorted"} <= found["ways"].keys()
-    assert found["ways"]["onnx sorted"]["ratio_to_rivals"]["onnx"]["median"] == 1.0
-    assert found["same_labels"] == {"onnx": 0.5}
-    assert "onnx" in found["latency_ms"]
+    figures = measured({**MODEL, "rivals": ["onnx"]})["figures"]["1"]
+    assert calls == [(["onnx"], 1, 8)]
+    assert {"onnx", "onnx sorted"} <= figures["ways"].keys()
+    assert figures["ways"]["onnx sorted"]["ratio_to_rivals"]["onnx"]["median"] == 1.0
+    assert figures["same_labels"] == {"onnx": 0.5}
+    assert "onnx" in figures["latency_ms"]
 
 
 def test_the_worst_cell_is_found(measured):
     result = measured(CELLS)
     check_the_frame(result)
-    found = result["figures"]["1"]
-    assert [(x["batch"], x["length"], x["budget"]) for x in found["cells"]][:3] == [
+    figures = result["figures"]["1"]
+    assert [(x["batch"], x["length"], x["budget"]) for x in figures["cells"]][:3] == [
         (1, 4, 1.0),
         (1, 4, 0.25),
         (1, 8, 1.0),
     ]
-    assert len(found["cells"]) == 10
-    assert (found["cells"][-1]["batch"], found["cells"][-1]["length"], found["cells"][-1]["tokens"]) == (3, 9, 15)
-    assert found["cells"][-1]["ratio_to_all_open"]["median"] > 0
-    assert found["worst"]["ratio"]["median"] == min(x["ratio"]["median"] for x in found["cells"])
-    assert {x["rounds"] for x in found["cells"]} == {2}
+    assert len(figures["cells"]) == 10
+    assert (figures["cells"][-1]["batch"], figures["cells"][-1]["length"], figures["cells"][-1]["tokens"]) == (3, 9, 15)
+    assert figures["cells"][-1]["ratio_to_all_open"]["median"] > 0
+    assert figures["worst"]["ratio"]["median"] == min(x["ratio"]["median"] for x in figures["cells"])
+    assert {x["rounds"] for x in figures["cells"]} == {2}
 
 
 def test_rounds_end_when_the_time_is_over_but_some_count():
@@ -168,8 +168,8 @@ def test_pairs_are_read_and_tokenized_as_pairs(tmp_path):
     folder.mkdir()
     rows = {"text": ["a cat", "two dogs"], "text_pair": ["an animal sleeps", "birds"]}
     Dataset.from_dict(rows).to_parquet(folder / "test.parquet")
-    found, _ = inputs.read_texts("pairs", tmp_path, 2, 0)
-    assert sorted(found) == [("a cat", "an animal sleeps"), ("two dogs", "birds")]
+    pairs, _ = inputs.read_texts("pairs", tmp_path, 2, 0)
+    assert sorted(pairs) == [("a cat", "an animal sleeps"), ("two dogs", "birds")]
     [ids] = inputs.tokenize([("a cat", "an animal sleeps")], 32)
     separator = inputs.load_tokenizer().sep_token_id
     assert ids.count(separator) == 2
@@ -365,8 +365,8 @@ def test_the_report_shows_results_and_nothing_else(measured, tmp_path):
     report.main([str(tmp_path / "results"), str(tmp_path / "report")])
     text = (tmp_path / "report" / report.PAGE).read_text()
     rows = ("| ours 1/4 |", "| cut 1/4 |", "| 3 | 8 |", "docstrings bfloat16")
-    for found in ("## Tiny model", "## Tiny cells", "## Tiny steps", *rows):
-        assert found in text
+    for fragment in ("## Tiny model", "## Tiny cells", "## Tiny steps", *rows):
+        assert fragment in text
     assert "| training step, AG News, stock's over ours with the full model frozen | 5.12 | >= 5 | yes |" in text
     assert text.count("| yes |") + text.count("| no |") == 1
     assert {path.name for path in (tmp_path / "report").rglob("*.*")} == {report.PAGE, "models.png"}

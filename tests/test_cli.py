@@ -65,8 +65,8 @@ def run(capsys):
     return call
 
 
-def good(found):
-    code, out, err = found
+def good(outcome):
+    code, out, err = outcome
     assert code == 0, err
     return out
 
@@ -138,16 +138,16 @@ def test_evaluate_takes_a_stock_model_too(tmp_path, data, tokenizer, run):
 def test_tune_makes_what_it_finds_the_looks_of_a_plain_call_and_keeps_it(model, data, texts, run, promise):
     before = json.loads((Path(model) / "config.json").read_text())
     option, level = promise.split()
-    asked = [model, data, option, level, "--budgets", "1/8,0.25", "--confidence", "0.9", "--json"]
-    dry = json.loads(good(run("tune", *asked, "--dry-run")))
+    arguments = [model, data, option, level, "--budgets", "1/8,0.25", "--confidence", "0.9", "--json"]
+    dry = json.loads(good(run("tune", *arguments, "--dry-run")))
     assert json.loads((Path(model) / "config.json").read_text()) == before
     loaded, tokenizer = load_classifier(model)
     named = {option.strip("-").replace("-", "_"): float(level)}
     direct = tune(loaded, texts, tokenizer, **named, budgets=[0.125, 0.25], confidence=0.9)
-    found = json.loads(good(run("tune", *asked)))
+    result = json.loads(good(run("tune", *arguments)))
     record = only_result(model, "tuning")
-    assert record.result == found
-    assert untimed(found) == untimed(dry) == untimed(json.loads(json.dumps(direct.to_dict())))
+    assert record.result == result
+    assert untimed(result) == untimed(dry) == untimed(json.loads(json.dumps(direct.to_dict())))
     assert not record.stale
     written = BudgetFormerForSequenceClassification.from_pretrained(model).config
     for name in ("looks", "confidence", "margins", "promise"):
@@ -157,10 +157,10 @@ def test_tune_makes_what_it_finds_the_looks_of_a_plain_call_and_keeps_it(model, 
     assert changes <= {"looks", "confidence", "margins", "promise"}
 
 
-def untimed(found):
-    for test in found["tested"]:
+def untimed(result):
+    for test in result["tested"]:
         test["seconds"] = None
-    return found
+    return result
 
 
 def test_tune_needs_labels_for_a_tolerance_only(model, texts, tmp_path, run):
@@ -173,20 +173,20 @@ def test_tune_needs_labels_for_a_tolerance_only(model, texts, tmp_path, run):
 
 @pytest.mark.parametrize("command", ["evaluate DATA", "predict --file DATA"])
 def test_data_unlike_those_of_the_promise_are_warned_of(model, data, run, caplog, command):
-    asked = [data if word == "DATA" else word for word in command.split()]
-    asked.insert(1, model)
+    arguments = [data if word == "DATA" else word for word in command.split()]
+    arguments.insert(1, model)
     promise = {"risk": "disagreement", "level": 0.01, "confidence": 0.95, "rows": 1000, "bound": 0.01, "lost": 0.0}
     promise |= {"looks": [0.25, 1.0], "thresholds": [0.5]}
     for doubted, warned in ((0, 1), (1000, 1)):
         path = Path(model) / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "promise": {**promise, "doubted": doubted}}))
         caplog.clear()
-        good(run(*asked))
-        told = [record.message for record in caplog.records if "of these 64 inputs were doubted" in record.message]
-        assert len(told) == warned
+        good(run(*arguments))
+        messages = [record.message for record in caplog.records if "of these 64 inputs were doubted" in record.message]
+        assert len(messages) == warned
     caplog.clear()
     if command.startswith("predict"):
-        good(run(*asked, "--budget", "0.25"))
+        good(run(*arguments, "--budget", "0.25"))
         assert not [record.message for record in caplog.records if "doubted" in record.message]
 
 
@@ -194,10 +194,10 @@ def test_profile_keeps_the_cost_card(model, data, run):
     (Path(model) / "budgetformer").mkdir()
     (Path(model) / "budgetformer" / "training.json").write_text('{"seconds": 60.0}')
     options = ["--budgets", "0.25,plain", "--rows", 8, "--repeats", 1, "--json"]
-    found = json.loads(good(run("profile", model, data, *options)))
-    assert found == only_result(model, "costs").result
-    assert [result["asked"] for result in found["results"]] == [0.25, None]
-    assert found["settings"]["training_seconds"] == 60.0
+    card = json.loads(good(run("profile", model, data, *options)))
+    assert card == only_result(model, "costs").result
+    assert [result["asked"] for result in card["results"]] == [0.25, None]
+    assert card["settings"]["training_seconds"] == 60.0
 
 
 def test_profile_says_what_is_gained_on_what_else_there_is(model, data, run):
@@ -224,27 +224,27 @@ def test_cut_saves_a_static_model_and_tries_it(model, data, tmp_path, run):
 
 
 def test_export_and_card_pass_on_what_they_are_given(model, data, tmp_path, run, monkeypatch):
-    asked = []
+    calls = []
     monkeypatch.setattr(
-        hf_budgetformer.tools.export, "export_onnx", lambda model, *rest: (print("noise"), asked.append(rest), "x")[2]
+        hf_budgetformer.tools.export, "export_onnx", lambda model, *rest: (print("noise"), calls.append(rest), "x")[2]
     )
     assert good(run("export", model, "x.onnx", "--budget", 0.25, "--dtype", "int8")) == "Saved as x.\n"
-    assert asked == [("x.onnx", 0.25, "int8")]
+    assert calls == [("x.onnx", 0.25, "int8")]
     looks = SimpleNamespace(to_dict=lambda: {"graphs": ["a"]})
 
     def export_looks(model, tokenizer, *rest):
-        asked.append((*rest[:3], rest[3] and len(rest[3]), rest[4]))
+        calls.append((*rest[:3], rest[3] and len(rest[3]), rest[4]))
         return SimpleNamespace(looks=looks, taken=False)
 
     monkeypatch.setattr(hf_budgetformer.tools.looks_export, "export_looks", export_looks)
-    told = good(run("export", model, "served", "--calibration", data, "--runtime", "openvino", "--json"))
-    assert json.loads(told) == {"output": "served", "taken": False, "looks": {"graphs": ["a"]}}
+    stdout = good(run("export", model, "served", "--calibration", data, "--runtime", "openvino", "--json"))
+    assert json.loads(stdout) == {"output": "served", "taken": False, "looks": {"graphs": ["a"]}}
     good(run("export", model, "served", "--max-length", 16))
-    assert asked[1:] == [("served", "openvino", "fp32", 64, None), ("served", "onnx", "fp32", None, 16)]
+    assert calls[1:] == [("served", "openvino", "fp32", 64, None), ("served", "onnx", "fp32", None, 16)]
     for output, option, value in (("served", "--budget", 0.25), ("x.onnx", "--runtime", "onnx")):
-        code, _, told = run("export", model, output, option, value)
+        code, _, message = run("export", model, output, option, value)
         assert code == 2
-        assert f"{option} is for" in told
+        assert f"{option} is for" in message
     good(run("evaluate", model, data))
     path = json.loads(good(run("card", model, "--license", "mit", "--json")))["output"]
     assert "license: mit" in Path(path).read_text()
@@ -360,12 +360,12 @@ def test_broken_rows_end_a_prediction_or_get_an_error_for_an_answer(model, tmp_p
     source.write_text(
         '{"text": "w1"}\n{"text": "w2"}\n{"text": "w3"}\n{"text": "w4"\nnull\n{"text": "w5"}\n{"text": "w'
     )
-    asked = ["predict", model, "--file", source, "--output", output, "--batch-size", 2]
-    code, out, err = run(*asked)
+    arguments = ["predict", model, "--file", source, "--output", output, "--batch-size", 2]
+    code, out, err = run(*arguments)
     assert (code, out) == (1, "")
     assert re.fullmatch(r"budgetformer: row 3 is not json .*--skip-bad\)\.\n", err)
     assert len((tmp_path / "answers.jsonl.partial").read_text().splitlines()) == 2
-    assert "2 rows were there already" in run(*asked, "--skip-bad")[2]
+    assert "2 rows were there already" in run(*arguments, "--skip-bad")[2]
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer["row"] for answer in answers] == list(range(7))
     assert ["error" in answer for answer in answers] == [False, False, False, True, True, False, True]
@@ -377,8 +377,8 @@ def test_budget_reaches_the_model_through_a_pipeline(model, texts):
     loaded, tokenizer = load_classifier(model)
     for budget in (0.09, 0.25, 1.0, None):
         for options in ({}, {"batch_size": 4}):
-            found = ask(texts["text"][:8], budget=budget, **options)
-            for answer, text in zip(found, texts["text"][:8], strict=True):
+            answers = ask(texts["text"][:8], budget=budget, **options)
+            for answer, text in zip(answers, texts["text"][:8], strict=True):
                 with torch.no_grad():
                     scores = loaded(**tokenizer(text, return_tensors="pt"), budget=budget).logits.softmax(-1)[0]
                 assert answer["score"] == pytest.approx(scores.max().item(), abs=1e-5)
@@ -410,8 +410,8 @@ def test_training_takes_two_stages_and_every_option_of_trainer(tmp_path, data, t
     options = ["--max_steps", 2, "--device", "cpu", "--logging_steps", 1, "--seed", 5]
     rates = ["--learning-rate", "1e-3", "--narrow-learning-rate", "2e-3", "--lr_scheduler_type", "constant"]
     extra = ["--validation", data, "--config", "narrow_budget=0.3", "--card", "--json"]
-    told = json.loads(good(run("train", plain, data, "--output", out, *extra, *options, *rates)))
-    assert told["rows"] == 64
+    summary = json.loads(good(run("train", plain, data, "--output", out, *extra, *options, *rates)))
+    assert summary["rows"] == 64
     assert "budgetformer:begin" in (out / "README.md").read_text("utf-8")
     kept = training_of(out)
     assert (kept["base_model"], kept["dataset"], kept["rows"]) == (str(plain), data, 64)
@@ -419,15 +419,15 @@ def test_training_takes_two_stages_and_every_option_of_trainer(tmp_path, data, t
     assert {"divergence", "budget"} <= kept["log_history"][0].keys()
     assert kept["log_history"][0]["learning_rate"] == kept["narrow"]["learning_rate"] == 2e-3
     assert "narrow encoder, learning_rate: 0.002" in (out / "README.md").read_text("utf-8")
-    assert kept["validation"]["eval_accuracy"] == told["validation"]["eval_accuracy"]
+    assert kept["validation"]["eval_accuracy"] == summary["validation"]["eval_accuracy"]
     teacher = AutoModelForSequenceClassification.from_pretrained(out / "teacher")
     model, _ = load_classifier(str(out), budgeted=True)
     assert teacher.config.model_type == "bert"
     assert teacher.config.id2label == model.config.id2label == dict(enumerate(sorted(NAMES)))
     assert model.config.narrow_budget == 0.3
-    found = json.loads(good(run("evaluate", out, data, "--budgets", "plain,0.5", "--json")))
-    assert found["results"][0]["accuracy"] == kept["validation"]["eval_accuracy"]
-    assert found["settings"]["seed"] == 5
+    evaluation = json.loads(good(run("evaluate", out, data, "--budgets", "plain,0.5", "--json")))
+    assert evaluation["results"][0]["accuracy"] == kept["validation"]["eval_accuracy"]
+    assert evaluation["settings"]["seed"] == 5
 
     texts = tmp_path / "unlabelled.csv"
     texts.write_text("text\nw1 w2\nw3 w4 w5\n")
@@ -513,8 +513,8 @@ def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tok
         (2, "No such option", ["evaluate", model, data, "--nope"]),
         (2, "Missing argument", ["evaluate"]),
     ]:
-        found, printed, err = run(*arguments)
-        assert (found, printed, err.count("\n")) == (code, "", 1), err
+        status, printed, err = run(*arguments)
+        assert (status, printed, err.count("\n")) == (code, "", 1), err
         assert re.search(message, err.strip()), err
     assert not out.exists()
     assert not (Path(model) / "budgetformer").exists()
@@ -534,10 +534,10 @@ def test_training_ends_with_what_plain_calls_answer_and_spend_beside_the_plain_m
     tokenizer.save_pretrained(plain)
     out = tmp_path / "out"
     options = ["--validation", data, "--max_steps", 2, "--use_cpu", "--max-length", 6, "--logging_steps", 1, "--card"]
-    told = good(run("train", plain, data, "--output", out, *options))
+    text = good(run("train", plain, data, "--output", out, *options))
     plain_call, full = json.loads(good(run("evaluate", out, data, "--budgets", "plain,1", "--json")))["results"]
     kept, spent = f"{plain_call['accuracy']:.1%}", f"{plain_call['spent']:.2f}"
-    assert told.endswith(f"accuracy {kept} at a mean budget of {spent}; the plain model's is {full['accuracy']:.1%}.\n")
+    assert text.endswith(f"accuracy {kept} at a mean budget of {spent}; the plain model's is {full['accuracy']:.1%}.\n")
     teacher = json.loads(good(run("evaluate", out / "teacher", data, "--json")))["results"]
     assert teacher[0]["accuracy"] == full["accuracy"]
 
@@ -593,7 +593,7 @@ def test_labels_of_every_kind_go_through_the_command_line(kind, tmp_path, texts,
         tmp_path / "out",
         ["--validation", data, "--max_steps", 2, "--use_cpu", "--logging_steps", 1, "--card"],
     )
-    told = good(run("train", tmp_path / "base", data, "--output", out, *options))
+    stdout = good(run("train", tmp_path / "base", data, "--output", out, *options))
     evaluated = json.loads(good(run("evaluate", out, data, "--json")))["results"]
     answers = [json.loads(line) for line in good(run("predict", out, texts["text"][0], texts["text"][1])).splitlines()]
     model, _ = load_classifier(str(out))
@@ -601,11 +601,11 @@ def test_labels_of_every_kind_go_through_the_command_line(kind, tmp_path, texts,
         logits = model(**tokenizer(texts["text"][0], return_tensors="pt")).logits[0]
     if kind == "number":
         assert evaluated[0]["error"] > 0.0
-        assert f"error {evaluated[-1]['error']:.4f}" in told
+        assert f"error {evaluated[-1]['error']:.4f}" in stdout
         assert answers[0] == {"row": 0, "score": pytest.approx(logits.item(), abs=1e-5)}
         assert "labels to choose from" in run("tune", out, data)[2]
         return
-    assert f"accuracy {evaluated[-1]['accuracy']:.1%}" in told
+    assert f"accuracy {evaluated[-1]['accuracy']:.1%}" in stdout
     good(run("tune", out, data, "--disagreement", "0.3"))
     if kind == "bool":
         assert answers[0]["label"] in ("False", "True")
@@ -621,8 +621,8 @@ def test_a_cut_or_a_stock_model_refuses_budgets_that_it_cannot_spend(model, data
     code, out, err = run("evaluate", tmp_path / "small", data, "--budgets", "1,1/8")
     assert (code, out) == (1, "")
     assert "at most 0.25 for a model that was cut to it, got 1" in err
-    found = json.loads(good(run("evaluate", tmp_path / "small", data, "--budgets", "1/8", "--json")))
-    assert found["results"][0]["spent"] <= 1 / 8
+    evaluation = json.loads(good(run("evaluate", tmp_path / "small", data, "--budgets", "1/8", "--json")))
+    assert evaluation["results"][0]["spent"] <= 1 / 8
     stock = stock_folder("bert", tmp_path / "stock", id2label=dict(enumerate(NAMES)))
     tokenizer.save_pretrained(stock)
     assert (
@@ -661,13 +661,13 @@ class Terminal(io.StringIO):
 def test_bars_have_totals_and_are_drawn_on_a_terminal_alone(model, data, tmp_path, tokenizer, run, monkeypatch):
     plain = stock_folder("bert", tmp_path / "plain")
     tokenizer.save_pretrained(plain)
-    asked = ["predict", model, "--file", data, "--output"]
-    assert "%" not in run(*asked, tmp_path / "quiet.jsonl")[2]
+    command = ["predict", model, "--file", data, "--output"]
+    assert "%" not in run(*command, tmp_path / "quiet.jsonl")[2]
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     logging.enable_progress_bar()  # conftest turns them off
     for arguments in (
-        [*asked, tmp_path / "loud.jsonl"],
+        [*command, tmp_path / "loud.jsonl"],
         ["profile", model, data, "--rows", 4, "--repeats", 1],
         ["train", plain, data, "--output", tmp_path / "out", "--max_steps", 2, "--use_cpu", "--save_strategy", "no"],
     ):

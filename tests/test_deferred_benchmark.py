@@ -56,9 +56,9 @@ def test_shared_batches_are_measured_beside_split_ones_and_reported(measured, tm
     assert figures["device"] == "cpu"
     assert figures["doubted"] == pytest.approx(0.1, abs=0.026)
     assert list(figures["1"]) == WAYS
-    for name, found in figures["1"].items():
-        assert found["rows_per_second"]["median"] > 0
-        assert (found["ratio_to_split"] is not None) == name.endswith("shared")
+    for name, way in figures["1"].items():
+        assert way["rows_per_second"]["median"] > 0
+        assert (way["ratio_to_split"] is not None) == name.endswith("shared")
     report.main([str(tmp_path / "results"), str(tmp_path / "report")])
     text = (tmp_path / "report" / report.PAGE).read_text()
     assert "10 batches of 4, cut at 16 tokens, on cpu; of the rows 10% are doubted" in text

@@ -47,8 +47,8 @@ def five_lines(tmp_path_factory, texts, tokenizer):
 def namespace(five_lines):
     """What is there after all of the README's blocks."""
     stock = AutoModelForSequenceClassification.from_pretrained("me/my-fine-tuned-bert").eval()
-    own = {**five_lines, "model": copy.deepcopy(five_lines["model"])}
-    return {**run_python("README.md", blocks(README, "python")[1:], own), "stock": stock}
+    variables = {**five_lines, "model": copy.deepcopy(five_lines["model"])}
+    return {**run_python("README.md", blocks(README, "python")[1:], variables), "stock": stock}
 
 
 def test_the_readmes_blocks_run_in_order(namespace):
@@ -95,12 +95,12 @@ def test_the_table_of_savings_is_made_of_results():
         "latency_ms": {"ours 1/4": {"ratio": 2.5}},
     }
     result = {"settings": {"level": "model", "title": "Some news"}, "figures": {"2": figures}}
-    told = report.savings({"some": result})
+    table = report.savings({"some": result})
     for number, start in enumerate(
         ["stock model, P", "stock model, onnx", "stock model, O", "ours, all", "**o", "ours, e"], 1
     ):
-        assert re.search(rf"^\| {re.escape(start)}.* \| {number}.0x \|$", told, flags=re.MULTILINE)
-    assert "2.5x (Some news)" in told
+        assert re.search(rf"^\| {re.escape(start)}.* \| {number}.0x \|$", table, flags=re.MULTILINE)
+    assert "2.5x (Some news)" in table
     assert "Not measured yet" in report.savings({})
 
 
@@ -143,8 +143,8 @@ COMMANDS = [(name, words) for name, page in EVERYTHING.items() for words in comm
 
 
 def started_with(*first):
-    found = [words for _, words in COMMANDS if tuple(words[: len(first)]) == first]
-    return [pytest.param(words[len(first) :], id=" ".join(words)) for words in found]
+    matches = [words for _, words in COMMANDS if tuple(words[: len(first)]) == first]
+    return [pytest.param(words[len(first) :], id=" ".join(words)) for words in matches]
 
 
 @pytest.mark.parametrize("words", started_with("make"))
@@ -158,8 +158,8 @@ def test_make_knows_the_target(words):
 @pytest.mark.parametrize("words", started_with("pip", "install"))
 def test_extras_exist(words):
     extras = (ROOT / "setup.cfg").read_text().split("[options.extras_require]")[1]
-    for asked in re.findall(r"\[([\w,]+)\]", " ".join(words)):
-        for extra in asked.split(","):
+    for names in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+        for extra in names.split(","):
             assert re.search(rf"^{extra} =", extras, flags=re.MULTILINE), extra
 
 
@@ -222,8 +222,8 @@ def test_the_drawing_has_the_names_of_the_code():
 def test_the_configuration_table_is_complete_and_true():
     documented = {}
     for names, defaults in re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|", PAGES["configuration.md"], flags=re.MULTILINE):
-        found, values = re.findall(r"`(\w+)`", names), defaults.replace("`", "").split(", ")
-        documented.update(zip(found, values, strict=True))
+        keys, values = re.findall(r"`(\w+)`", names), defaults.replace("`", "").split(", ")
+        documented.update(zip(keys, values, strict=True))
     config = BudgetFormerConfig()
     explained = config.__class__.__doc__.split("The remaining fields")[1].split("Raises:")[0]
     assert sorted(documented) == sorted(re.findall(r"^        (\w+): ", explained, flags=re.MULTILINE))
@@ -288,7 +288,7 @@ def test_following_start_in_an_empty_folder_ends_at_a_served_model(tmp_path, mon
         published = hub.files(f"{hub.user}/my-budgetformer")
     assert {"README.md", "model.safetensors", "modeling_budgetformer.py", "tokenizer.json"} <= published.keys()
     assert not any(name.startswith("teacher") for name in published)
-    answers = [json.loads(found) for found in re.findall(r'\{"label".*?\}', run.stdout)]
+    answers = [json.loads(text) for text in re.findall(r'\{"label".*?\}', run.stdout)]
     assert len(answers) == 2
     assert answers[1]["budget"] == pytest.approx(0.25, abs=0.01)
     [evaluated] = read_results(tmp_path / "empty" / "my-budgetformer", "evaluation")

@@ -38,10 +38,10 @@ def test_chunks_hold_every_token_once_but_for_what_they_share(documents, tokeniz
     chunks = split_documents(documents, tokenizer, 12, stride)
     plain = tokenizer(documents["text"], add_special_tokens=False)["input_ids"]
     for number, whole in enumerate(plain):
-        found = [chunks.rows["input_ids"][x] for x in np.flatnonzero(chunks.owners == number)]
-        assert all(ids[0] == 2 and ids[-1] == 3 and len(ids) <= 12 for ids in found)
-        read = found[0][1:-1]
-        for ids in found[1:]:
+        pieces = [chunks.rows["input_ids"][x] for x in np.flatnonzero(chunks.owners == number)]
+        assert all(ids[0] == 2 and ids[-1] == 3 and len(ids) <= 12 for ids in pieces)
+        read = pieces[0][1:-1]
+        for ids in pieces[1:]:
             assert ids[1 : 1 + stride] == read[len(read) - stride :]
             read = read + ids[1 + stride : -1]
         assert read == whole
@@ -91,21 +91,21 @@ def test_a_documents_answer_is_that_of_its_chunks_alone(documents, tokenizer):
     """Against each chunk asked by itself."""
     model = budgetformer("bert", looks=[0.25, 1.0], confidence=[0.6])
     chunks = split_documents(documents, tokenizer, 12)
-    found = answer_documents(model, chunks, tokenizer, batch_size=3)
+    answers = answer_documents(model, chunks, tokenizer, batch_size=3)
     for number in range(4):
-        own = [chunks.rows["input_ids"][x] for x in np.flatnonzero(chunks.owners == number)]
+        pieces = [chunks.rows["input_ids"][x] for x in np.flatnonzero(chunks.owners == number)]
         with torch.no_grad():
-            outs = [model(input_ids=torch.tensor([ids])) for ids in own]
+            outs = [model(input_ids=torch.tensor([ids])) for ids in pieces]
         expected = torch.cat([out.logits.softmax(-1) for out in outs]).mean(0)
-        torch.testing.assert_close(found.logits[number].softmax(-1), expected, rtol=1e-3, atol=1e-4)
-        lengths = torch.tensor([len(ids) for ids in own], dtype=torch.float32)
+        torch.testing.assert_close(answers.logits[number].softmax(-1), expected, rtol=1e-3, atol=1e-4)
+        lengths = torch.tensor([len(ids) for ids in pieces], dtype=torch.float32)
         spent = (torch.cat([out.budget for out in outs]) * lengths).sum() / lengths.sum()
-        torch.testing.assert_close(found.spent[number], spent)
+        torch.testing.assert_close(answers.spent[number], spent)
 
 
-def answers_by_budget(owners, by_budget, asked):
+def answers_by_budget(owners, by_budget, calls):
     def ask(places, budget):
-        asked.append((budget, places.tolist()))
+        calls.append((budget, places.tolist()))
         return torch.tensor(by_budget[budget])[places], torch.full((len(places),), budget)
 
     return ask, Chunks({"input_ids": [[0] * (1 + x % 2) for x in range(len(owners))]}, np.array(owners))
@@ -113,16 +113,16 @@ def answers_by_budget(owners, by_budget, asked):
 
 def test_looks_read_more_of_what_they_doubt_and_nothing_twice():
     sure, torn = [9.0, 0.0], [0.1, 0.0]
-    asked = []
+    calls = []
     narrow = [sure, sure, sure, torn, torn, torn, torn]
-    ask, chunks = answers_by_budget([0, 0, 0, 1, 1, 1, 2], {0.25: narrow, 1.0: [sure] * 6 + [[0.0, 9.0]]}, asked)
+    ask, chunks = answers_by_budget([0, 0, 0, 1, 1, 1, 2], {0.25: narrow, 1.0: [sure] * 6 + [[0.0, 9.0]]}, calls)
     looks = [DocumentLook(1, 0.25), DocumentLook(2, 0.25), DocumentLook(None, 1.0)]
-    found = look_through(ask, chunks, looks, [0.5, 0.5], "mean", ONE)
-    assert asked == [(0.25, [0, 3, 6]), (0.25, [5]), (1.0, [3, 4, 5, 6])]
-    assert found.logits.argmax(-1).tolist() == [0, 0, 1]
+    answers = look_through(ask, chunks, looks, [0.5, 0.5], "mean", ONE)
+    assert calls == [(0.25, [0, 3, 6]), (0.25, [5]), (1.0, [3, 4, 5, 6])]
+    assert answers.logits.argmax(-1).tolist() == [0, 0, 1]
     lengths = chunks.lengths()
     work = [0.25 * lengths[0] / lengths[:3].sum(), 1.0 + 0.25 * lengths[[3, 5]].sum() / lengths[3:6].sum(), 1.25]
-    np.testing.assert_allclose(found.spent, work, rtol=1e-6)
+    np.testing.assert_allclose(answers.spent, work, rtol=1e-6)
 
 
 def test_a_threshold_keeps_the_promise_on_the_documents_it_was_found_on(tokenizer):
@@ -132,12 +132,12 @@ def test_a_threshold_keeps_the_promise_on_the_documents_it_was_found_on(tokenize
     tested = tune_documents(model, chunks, tokenizer, first_looks, 0.1)
     full = answer_documents(model, chunks, tokenizer, 32, budget=1.0).logits.argmax(-1)
     assert tested[2].threshold == 0.0  # the second look is the first
-    for look, found in zip(first_looks[:2], tested[:2], strict=True):
+    for look, test in zip(first_looks[:2], tested[:2], strict=True):
         looks = [look, DocumentLook(None, 1.0)]
-        answers = answer_documents(model, chunks, tokenizer, 32, looks=looks, thresholds=[found.threshold])
-        assert (answers.logits.argmax(-1) != full).float().mean().item() == pytest.approx(found.risk)
-        assert answers.spent.mean().item() == pytest.approx(found.work, abs=1e-5)
-        assert found.risk <= found.bound <= 0.1
+        answers = answer_documents(model, chunks, tokenizer, 32, looks=looks, thresholds=[test.threshold])
+        assert (answers.logits.argmax(-1) != full).float().mean().item() == pytest.approx(test.risk)
+        assert answers.spent.mean().item() == pytest.approx(test.work, abs=1e-5)
+        assert test.risk <= test.bound <= 0.1
     assert tested[0].budget < tested[1].budget
     assert tested[1].budget == pytest.approx(0.25, abs=0.03)
     with pytest.raises(ValueError, match="would take"):
@@ -146,12 +146,12 @@ def test_a_threshold_keeps_the_promise_on_the_documents_it_was_found_on(tokenize
 
 def test_what_cannot_be_looked_through_is_refused(tokenizer, documents):
     ask, chunks = answers_by_budget([0], {1.0: [[0.0, 1.0]]}, [])
-    for looks, thresholds, told in (
+    for looks, thresholds, message in (
         ([], [], "one number less than looks"),
         ([DocumentLook(None, 1.0)], [0.5], "one number less than looks"),
         ([DocumentLook(0, 1.0)], [], "at least one chunk, got 0"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             look_through(ask, chunks, looks, thresholds, "mean", ONE)
     with pytest.raises(ValueError, match=r"chunks must be one of .* got 'median'"):
         look_through(ask, chunks, [DocumentLook(None, 1.0)], [], "median", ONE)

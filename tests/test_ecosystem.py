@@ -57,20 +57,20 @@ def full(pipe):
     return pipe
 
 
-def assert_alike(found, expected):
+def assert_alike(actual, expected):
     """The same answers, but for last bits of scores."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert actual.keys() == expected.keys()
         for name, value in expected.items():
-            assert_alike(found[name], value)
+            assert_alike(actual[name], value)
     elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
             assert_alike(one, other)
     elif isinstance(expected, float | np.floating):
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert actual == pytest.approx(expected, abs=1e-5)
     else:
-        assert found == expected
+        assert actual == expected
 
 
 def check_pipeline(task, folders, ask):
@@ -133,11 +133,11 @@ def test_evaluator_measures_what_the_pipeline_answers(folders, texts, monkeypatc
     pipe = full(pipeline("text-classification", ours, device="cpu"))
     rows = texts.select(range(12))
     numbers = {f"LABEL_{number}": number for number in range(3)}
-    found = evaluate.evaluator("text-classification").compute(
+    result = evaluate.evaluator("text-classification").compute(
         pipe, rows, metric=Accuracy.make(evaluate), label_mapping=numbers
     )
     answers = [numbers[answer["label"]] for answer in pipe(list(rows["text"]))]
-    assert found["accuracy"] == pytest.approx(np.mean(np.array(answers) == np.array(rows["label"])))
+    assert result["accuracy"] == pytest.approx(np.mean(np.array(answers) == np.array(rows["label"])))
 
 
 def test_setfit_trains_an_encoder_and_a_head_on_it(folders, texts, tmp_path):

@@ -48,8 +48,8 @@ def test_data_that_are_doubted_otherwise_than_those_of_the_promise_are_warned_of
     promise |= {"looks": model.config.looks, "thresholds": model.config.confidence, "bound": 0.01, "lost": 0.0}
     model.config.promise = promise
     evaluate_budgets(model, texts, tokenizer, budgets=(1.0, None))
-    told = [record.message for record in caplog.records]
-    assert [f"50.0% of these 64 inputs were doubted, but {doubted / 1000:.1%}" in x for x in told] == [True] * warned
+    lines = [record.message for record in caplog.records]
+    assert [f"50.0% of these 64 inputs were doubted, but {doubted / 1000:.1%}" in x for x in lines] == [True] * warned
     caplog.clear()
     evaluate_budgets(model, texts, tokenizer, budgets=(1.0, 0.25))  # no plain call
     assert not caplog.records
@@ -61,46 +61,46 @@ def right(out, texts):
 
 def test_results_are_what_the_model_says_of_all_rows_in_one_batch(backbone_type, texts, tokenizer, answers, looking):
     model = looking(backbone_type).train()
-    found = evaluate_budgets(model, texts, tokenizer, budgets=(0.25, None, 1.0), batch_size=5)
+    report = evaluate_budgets(model, texts, tokenizer, budgets=(0.25, None, 1.0), batch_size=5)
     assert model.training
     model.eval()
     full, plain = answers(model, 1.0), answers(model)
-    assert [result.asked for result in found.results] == [0.25, None, 1.0]
-    for result in found.results:
+    assert [result.asked for result in report.results] == [0.25, None, 1.0]
+    for result in report.results:
         out = answers(model, result.asked)
         same = (out.logits.argmax(-1) == full.logits.argmax(-1)).float().mean().item()
         assert (result.correct, result.accuracy) == (right(out, texts), right(out, texts) / 64)
         assert result.agreement == pytest.approx(same)
         assert result.spent == pytest.approx(out.budget.mean().item())
         assert result.doubtful == (out.budget > 1.0).float().mean().item()
-    assert [result.doubtful for result in found.results] == [0.0, 0.5, 0.0]
-    assert found.results[2].agreement == 1.0
+    assert [result.doubtful for result in report.results] == [0.0, 0.5, 0.0]
+    assert report.results[2].agreement == 1.0
     probability = full.logits.softmax(-1)
-    assert found.inputs["entropy"] == pytest.approx((-(probability * probability.log()).sum(-1)).tolist(), abs=1e-4)
-    assert found.inputs["spent"] == pytest.approx(plain.budget.tolist())
-    assert sorted(found.inputs["spent"])[31:33] == pytest.approx([0.25, 1.25], abs=0.05)
-    assert found.inputs["length"] == [len(ids) for ids in tokenizer(texts["text"][:])["input_ids"]]
+    assert report.inputs["entropy"] == pytest.approx((-(probability * probability.log()).sum(-1)).tolist(), abs=1e-4)
+    assert report.inputs["spent"] == pytest.approx(plain.budget.tolist())
+    assert sorted(report.inputs["spent"])[31:33] == pytest.approx([0.25, 1.25], abs=0.05)
+    assert report.inputs["length"] == [len(ids) for ids in tokenizer(texts["text"][:])["input_ids"]]
 
 
 def test_windows_and_batches_change_nothing(texts, tokenized, tokenizer, looking, monkeypatch):
     model = looking()
-    found = evaluate_budgets(model, texts, tokenizer, budgets=(1.0, 0.25, None))
+    report = evaluate_budgets(model, texts, tokenizer, budgets=(1.0, 0.25, None))
     monkeypatch.setattr(evaluation, "WINDOW", 3)
     small = evaluate_budgets(
         model, tokenized.rename_column("label", "labels"), tokenizer, budgets=(1.0, 0.25, None), batch_size=7
     )
-    assert small.results == found.results
-    for name, values in found.inputs.items():
+    assert small.results == report.results
+    for name, values in report.inputs.items():
         assert small.inputs[name] == pytest.approx(values, abs=1e-4)
 
 
 def test_the_papers_routers_are_tried_at_shares_of_the_heads(texts, tokenizer, answers):
     model = budgetformer("bert", router="layer")
-    found = evaluate_budgets(model, texts, tokenizer, budgets=(1.0, 0.5, None))
-    assert [result.spent for result in found.results] == pytest.approx(
+    report = evaluate_budgets(model, texts, tokenizer, budgets=(1.0, 0.5, None))
+    assert [result.spent for result in report.results] == pytest.approx(
         [answers(model, budget).budget.mean().item() for budget in (1.0, 0.5, None)]
     )
-    assert found.results[0].agreement == 1.0
+    assert report.results[0].agreement == 1.0
 
 
 def test_models_without_budgets_are_tried_once(texts, tokenizer, answers):
@@ -114,48 +114,48 @@ def test_models_without_budgets_are_tried_once(texts, tokenizer, answers):
     for model, message in ((small, "at most 0.25 for a model that was cut"), (stock_classifier("bert"), "for a bert")):
         with pytest.raises(ValueError, match=message):
             evaluate_budgets(model, texts, tokenizer, budgets=[1.0])
-    found = evaluate_budgets(stock_classifier("bert"), texts, tokenizer)
-    assert [(result.asked, result.spent) for result in found.results] == [(None, 1.0)]
-    assert set(found.inputs) == {"length", "entropy", "spent"}
+    report = evaluate_budgets(stock_classifier("bert"), texts, tokenizer)
+    assert [(result.asked, result.spent) for result in report.results] == [(None, 1.0)]
+    assert set(report.inputs) == {"length", "entropy", "spent"}
 
 
 def test_several_labels_are_right_where_all_are(texts, tokenizer, answers):
     model = budgetformer("bert", problem_type="multi_label_classification", looks=[0.25, 1.0], confidence=[0.02])
     rows = texts.map(lambda row: {"label": [row["label"], (row["label"] + 1) % 3]})
-    found = evaluate_budgets(model, rows, tokenizer, budgets=(1.0, 0.25, None))
+    report = evaluate_budgets(model, rows, tokenizer, budgets=(1.0, 0.25, None))
     labels = torch.zeros(64, 3)
     for row, both in enumerate(rows["label"]):
         labels[row, both] = 1.0
     full = answers(model, 1.0).logits > 0
-    for result in found.results:
+    for result in report.results:
         out = answers(model, result.asked)
         assert result.correct == ((out.logits > 0) == labels.bool()).all(-1).sum()
         assert result.agreement == pytest.approx(((out.logits > 0) == full).all(-1).float().mean().item())
     probability = answers(model, 1.0).logits.sigmoid().clamp(1e-6, 1 - 1e-6)
     entropy = -(probability * probability.log() + (1 - probability) * (1 - probability).log()).sum(-1)
-    assert found.inputs["entropy"] == pytest.approx(entropy.tolist(), abs=1e-4)
+    assert report.inputs["entropy"] == pytest.approx(entropy.tolist(), abs=1e-4)
 
 
 def test_a_regression_has_an_error_in_place_of_an_accuracy(texts, tokenizer, answers):
     model = budgetformer("bert", num_labels=1)
     rows = texts.map(lambda row: {"label": row["label"] + 0.5})
-    found = evaluate_budgets(model, rows, tokenizer, budgets=(1.0, 0.25, None))
+    report = evaluate_budgets(model, rows, tokenizer, budgets=(1.0, 0.25, None))
     labels = torch.tensor(rows["label"][:])
-    for result in found.results:
+    for result in report.results:
         error = (answers(model, result.asked).logits[:, 0] - labels).square().mean().sqrt().item()
         assert result.error == pytest.approx(error, rel=1e-4)
         assert (result.accuracy, result.agreement) == (None, None)
-    assert set(found.inputs) == {"length", "spent"}
-    assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
-    assert f"{found.results[1].error:.4f}" in str(found).splitlines()[2]
+    assert set(report.inputs) == {"length", "spent"}
+    assert Evaluation.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert f"{report.results[1].error:.4f}" in str(report).splitlines()[2]
 
 
 def test_inputs_are_only_those_that_were_asked_for_and_not_too_many(texts, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluation, "MOST_INPUTS", 10)
-    found = evaluate_budgets(budgetformer("bert"), texts, tokenizer, budgets=[0.25])
+    report = evaluate_budgets(budgetformer("bert"), texts, tokenizer, budgets=[0.25])
     lengths = [len(ids) for ids in tokenizer(texts["text"][:])["input_ids"]]
-    assert found.inputs == {"length": [lengths[row * 7] for row in range(10)]}
-    assert found.results[0].agreement is None
+    assert report.inputs == {"length": [lengths[row * 7] for row in range(10)]}
+    assert report.results[0].agreement is None
 
 
 def test_the_interval_is_wilsons(texts, tokenizer):
@@ -166,12 +166,12 @@ def test_the_interval_is_wilsons(texts, tokenizer):
 
 
 def test_the_result_survives_json_and_prints_a_table(texts, tokenizer):
-    found = evaluate_budgets(budgetformer("bert"), texts, tokenizer, budgets=[0.25, None])
-    assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
-    lines = str(found).splitlines()
+    report = evaluate_budgets(budgetformer("bert"), texts, tokenizer, budgets=[0.25, None])
+    assert Evaluation.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    lines = str(report).splitlines()
     assert [line.split()[0] for line in lines] == ["budget", "0.250", "plain", "64"]
     assert len({len(line) for line in lines[:3]}) == 1
-    assert f"{found.results[1].accuracy:.1%}" in lines[2]
+    assert f"{report.results[1].accuracy:.1%}" in lines[2]
 
 
 def test_labels_may_be_names(texts, tokenizer):

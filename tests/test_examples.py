@@ -62,8 +62,8 @@ def test_docstrings_are_the_same_every_time_and_without_the_rest_of_the_library(
     one.write_text((STDLIB / "heapq.py").read_text("utf-8"), "utf-8")
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "json.py").write_text('"""Six words that nobody should ever read."""')
-    found, again = (docstrings.load_docstrings(tmp_path) for _ in range(2))
-    for name, split in found.items():
+    splits, again = (docstrings.load_docstrings(tmp_path) for _ in range(2))
+    for name, split in splits.items():
         assert list(split) == list(again[name])
         assert set(split["text"]) <= set(passages[name]["text"]), name
 
@@ -87,8 +87,8 @@ def test_definitions_are_asked_for_by_queries_that_do_not_hold_them(definitions,
     sizes = {name: len(split) for name, split in queries.items()}
     assert list(sizes) == ["train", "validation", "test"]
     assert min(sizes.values()) > 0.05 * sum(sizes.values())
-    asked = [query.lower() for split in queries.values() for query, _ in split]
-    assert len(set(asked)) == len(asked)
+    questions = [query.lower() for split in queries.values() for query, _ in split]
+    assert len(set(questions)) == len(questions)
     # A sentence may stand in the source code behind it; it seldom does.
     held = [query in passages[number] for split in queries.values() for query, number in split]
     assert sum(held) < 0.02 * len(held)
@@ -101,8 +101,8 @@ def test_definitions_are_the_same_every_time(definitions, tmp_path):
     assert set(passages) <= set(definitions.passages)
     everything = {query for split in definitions.queries.values() for query, _ in split}
     assert {query for split in queries.values() for query, _ in split} <= everything
-    asked = dict(pair for split in queries.values() for pair in split)
-    largest = passages[asked["Find the n largest elements in a dataset."]]
+    numbers = dict(pair for split in queries.values() for pair in split)
+    largest = passages[numbers["Find the n largest elements in a dataset."]]
     assert largest.startswith("Equivalent to: sorted(iterable")
 
 
@@ -180,11 +180,11 @@ def folder(tmp_path_factory, tokenizer, texts):
 
 def rows_of(table):
     """Name of each row of a printed table, with accuracy, agreement and mean budget."""
-    found = {}
+    rows = {}
     for line in table.splitlines():
         if match := re.fullmatch(r"(.+?) +(\d\.\d{4}) +(\d\.\d{4}) +[\d.]+ +(\d\.\d{3}) +\d\.\d{3}", line):
-            found[match[1]] = tuple(float(match[number]) for number in (2, 3, 4))
-    return found
+            rows[match[1]] = tuple(float(match[number]) for number in (2, 3, 4))
+    return rows
 
 
 def test_fine_tunes_compares_saves_classifies_and_asks_again(folder, tokenizer, capsys):

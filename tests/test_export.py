@@ -71,9 +71,9 @@ def traced_before(exported, monkeypatch):
 def test_an_exported_model_answers_as_here_for_any_batch_length_and_padding(exported, lengths, side):
     model, path, _ = exported
     batch = batch_of(lengths, side=side, seed=7)
-    found = answers(path, batch)
+    logits = answers(path, batch)
     with torch.no_grad():
-        torch.testing.assert_close(found, model(**batch, budget=0.25).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, model(**batch, budget=0.25).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_graph_holds_what_the_budget_opens_and_nothing_else(exported):
@@ -86,12 +86,12 @@ def test_int8_answers_nearly_as_the_model_does(exported, traced_before, tmp_path
     model = exported[0]
     export_onnx(model, tmp_path / "int8.onnx", 0.25, dtype="int8")
     batch = batch_of(list(range(3, 33)) * 4, seed=3)
-    found = answers(tmp_path / "int8.onnx", batch)
+    logits = answers(tmp_path / "int8.onnx", batch)
     with torch.no_grad():
         expected = model(**batch, budget=0.25).logits
-    assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.98
-    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.85
-    assert not torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.corrcoef(torch.stack([logits.flatten(), expected.flatten()]))[0, 1] > 0.98
+    assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.85
+    assert not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "int8.onnx").read_bytes().count(b"MatMulInteger") > 0
     assert [x.name for x in tmp_path.iterdir()] == ["int8.onnx"]
 
@@ -128,9 +128,9 @@ def test_every_kind_of_model_can_be_exported(backbone_type, budget, tmp_path):
     alone = 1.0 if budget is None and model.config.full_encoder else budget
     for lengths, side in (([9], "right"), ([12, 3, 7, 1, 1], "left"), ([12, 3, 7, 32], "right")):
         batch = batch_of(lengths, backbone_type, side=side, seed=7)
-        found = answers(path, batch)
+        logits = answers(path, batch)
         with torch.no_grad():
-            torch.testing.assert_close(found, model(**batch, budget=alone).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits, model(**batch, budget=alone).logits, rtol=1e-4, atol=1e-4)
     assert weights_in(path) == pytest.approx(static_model(model, budget).num_parameters(), rel=0.1)
 
 

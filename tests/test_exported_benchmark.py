@@ -67,13 +67,13 @@ def measured(tmp_path, texts, tokenizer, monkeypatch):
 def test_exported_looks_are_measured_beside_the_stock_model_and_reported(measured, tmp_path):
     result = measured("--checkpoints", str(tmp_path / "models"), disagreement=0.8)
     assert "at most 80%" in result["figures"]["promise"]
-    found = result["figures"]["1"]
-    assert list(found) == WAYS
+    figures = result["figures"]["1"]
+    assert list(figures) == WAYS
     for name in WAYS:
-        assert 0.0 <= found[name]["accuracy"] <= 1.0
-        assert found[name]["p50"] <= found[name]["p95"]
-        assert found[name]["spent"] == 1.0 if name.startswith("stock") else found[name]["spent"] > 0.0
-    assert found["stock, openvino"]["agreement"] == 1.0
+        assert 0.0 <= figures[name]["accuracy"] <= 1.0
+        assert figures[name]["p50"] <= figures[name]["p95"]
+        assert figures[name]["spent"] == 1.0 if name.startswith("stock") else figures[name]["spent"] > 0.0
+    assert figures["stock, openvino"]["agreement"] == 1.0
     report.main([str(tmp_path / "results"), str(tmp_path / "report")])
     text = (tmp_path / "report" / report.PAGE).read_text()
     assert "10 texts in batches of 4 sorted by length, cut at 16 tokens" in text

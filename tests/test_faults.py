@@ -44,9 +44,9 @@ def test_a_replica_runs_and_learns_as_the_model_does(kind, backbone_type):
     assert not list(replicate(model).parameters())
     for budget in (None, 0.25):
         expected = model(**batch, budget=budget)
-        found = replicate(model)(**batch, budget=budget)
-        assert torch.equal(found.logits, expected.logits)
-        assert torch.equal(found.budget, expected.budget)
+        outputs = replicate(model)(**batch, budget=budget)
+        assert torch.equal(outputs.logits, expected.logits)
+        assert torch.equal(outputs.budget, expected.budget)
     model.train()
     gradients = []
     for network in (model, copy.deepcopy(model)):
@@ -90,9 +90,9 @@ def test_modules_of_the_full_model_have_the_stock_names_and_kinds(backbone_type)
     """Or what reaches for `model.dropout` or a projection by its name finds nothing."""
     model, stock = budgetformer(backbone_type), stock_classifier(backbone_type)
     for name, module in stock.named_modules():
-        own = model.get_submodule(name)
+        counterpart = model.get_submodule(name)
         if not list(module.children()):
-            assert type(own) is type(module), name
+            assert type(counterpart) is type(module), name
     ours = dict(model.named_modules()).keys() - dict(stock.named_modules()).keys()
     assert all(name.split(".")[0] == "narrow" for name in ours)
     assert not any(isinstance(x, nn.Linear) and type(x) is not nn.Linear for x in model.modules())
@@ -188,14 +188,14 @@ def test_hidden_states_of_chosen_layers_are_the_stock_models(layers, executor, b
     encoder.load_state_dict(model.state_dict(), strict=False)
     expected = stock(**batch, output_hidden_states=layers).hidden_states
     real = batch["attention_mask"].bool()
-    for found in (
+    for states in (
         model(**batch, output_hidden_states=layers, executor=executor).hidden_states,
         model(**batch, output_hidden_states=layers, executor=executor, budget=1.0).hidden_states,
         encoder(**batch, output_hidden_states=layers, executor=executor).hidden_states,
         model.train()(**batch, output_hidden_states=layers, executor=executor).hidden_states,
     ):
-        assert [x is None for x in found] == [x is None for x in expected]
-        for one, other in zip(found, expected, strict=True):
+        assert [x is None for x in states] == [x is None for x in expected]
+        for one, other in zip(states, expected, strict=True):
             if one is not None:
                 torch.testing.assert_close(one[real], other[real], rtol=1e-4, atol=1e-5)
     model.eval()
@@ -204,9 +204,9 @@ def test_hidden_states_of_chosen_layers_are_the_stock_models(layers, executor, b
 def test_a_routed_layers_hidden_states_may_be_chosen_too(backbone_type):
     model, batch = budgetformer(backbone_type, router="layer"), batch_of(LENGTHS, backbone_type)
     whole = model(**batch, output_hidden_states=True).hidden_states
-    found = model(**batch, output_hidden_states=[0, 2]).hidden_states
-    assert [x is None for x in found] == [False, True, False, True]
-    torch.testing.assert_close(found[2], whole[2])
+    states = model(**batch, output_hidden_states=[0, 2]).hidden_states
+    assert [x is None for x in states] == [False, True, False, True]
+    torch.testing.assert_close(states[2], whole[2])
 
 
 BAD = {

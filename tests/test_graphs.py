@@ -95,9 +95,9 @@ def test_one_compiled_graph_serves_batches_of_all_sizes(budget):
     for lengths in ([5, 9], [5, 9, 3], [7, 2, 11, 4], [12] * 5):
         batch = batch_of(lengths)
         labels = torch.zeros(len(lengths), dtype=torch.long)
-        found, expected = (run(**batch, labels=labels, budget=budget) for run in (compiled, model))
-        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
-        assert torch.equal(found.budget, expected.budget)
+        outputs, expected = (run(**batch, labels=labels, budget=budget) for run in (compiled, model))
+        torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(outputs.budget, expected.budget)
     assert len(graphs) == 1
 
 

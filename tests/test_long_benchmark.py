@@ -28,8 +28,8 @@ ANYBODY = "|".join(PEOPLE)
 def solve_handed(row):
     """Reads the statements in order."""
     holders, links = {}, dict.fromkeys(OBJECTS, 0)
-    told = rf"({ANYBODY}) has the (\w+)\.|({ANYBODY}) (?:gives|hands|passes) the (\w+) (?:on )?to ({ANYBODY})\."
-    for first, owned, giver, thing, taker in re.findall(told, row["text"]):
+    pattern = rf"({ANYBODY}) has the (\w+)\.|({ANYBODY}) (?:gives|hands|passes) the (\w+) (?:on )?to ({ANYBODY})\."
+    for first, owned, giver, thing, taker in re.findall(pattern, row["text"]):
         if first:
             holders[owned] = first
         else:
@@ -41,8 +41,8 @@ def solve_handed(row):
 
 def solve_scattered(row):
     """Follows the thing that is asked about from its first owner."""
-    told = rf"({ANYBODY}) (?:gives|hands|passes) the (\w+) (?:on )?to ({ANYBODY})\."
-    passes = {(giver, thing): taker for giver, thing, taker in re.findall(told, row["text"])}
+    pattern = rf"({ANYBODY}) (?:gives|hands|passes) the (\w+) (?:on )?to ({ANYBODY})\."
+    passes = {(giver, thing): taker for giver, thing, taker in re.findall(pattern, row["text"])}
     owners = {thing: owner for owner, thing in re.findall(rf"({ANYBODY}) has the (\w+)\.", row["text"])}
     assert len(passes) + len(owners) == 5
     [thing] = re.fullmatch(r"Who has the (\w+) at the end\?", row["text_pair"]).groups()
@@ -98,19 +98,19 @@ def few_thresholds(monkeypatch):
 
 def test_ways_are_judged_by_what_they_answer_and_cost():
     calibration, test = made_up(0), made_up(1)
-    found = judge(calibration, test)
-    assert found["chunks"] == {"accuracy": 1.0, "agreement": 1.0, "cost": 1.0}
-    assert found["chunks at 1/4"]["cost"] == pytest.approx(0.25)
+    scores = judge(calibration, test)
+    assert scores["chunks"] == {"accuracy": 1.0, "agreement": 1.0, "cost": 1.0}
+    assert scores["chunks at 1/4"]["cost"] == pytest.approx(0.25)
     counts = np.bincount(test.owners)
-    assert found["first"]["cost"] == pytest.approx((1 / counts).mean())
+    assert scores["first"]["cost"] == pytest.approx((1 / counts).mean())
     # A quarter of the work is right everywhere here, so that looks stop there.
-    assert found["chunks, looks"]["cost"] <= 0.4
-    assert found["chunks, looks"]["agreement"] == 1.0
-    cascade = found["width: all chunks at 1/12, then open"]
+    assert scores["chunks, looks"]["cost"] <= 0.4
+    assert scores["chunks, looks"]["agreement"] == 1.0
+    cascade = scores["width: all chunks at 1/12, then open"]
     assert 1 / 12 < cascade["cost"] < 1.0 + 1 / 12
-    assert all(way["cost"] <= 0.5 + 0.1 for way in found["at_cost"]["0.5"].values())
-    best = found["looks, 0.5 of the work"]
-    assert {x: best[x] for x in ("accuracy", "agreement", "cost")} == found["at_cost"]["0.5"][best["kind"]]
+    assert all(way["cost"] <= 0.5 + 0.1 for way in scores["at_cost"]["0.5"].values())
+    best = scores["looks, 0.5 of the work"]
+    assert {x: best[x] for x in ("accuracy", "agreement", "cost")} == scores["at_cost"]["0.5"][best["kind"]]
 
 
 def test_what_is_spent_is_held_against_hops():
@@ -119,13 +119,13 @@ def test_what_is_spent_is_held_against_hops():
     full = np.where(np.eye(2)[labels] > 0, 4.0, 0.0).astype(np.float32)
     narrow = np.where((hops > 1)[:, None], np.float32([[0.1, 0.0]]), full).astype(np.float32)
     logits = {1.0: full, 1 / 4: full, 1 / 6: narrow, 1 / 12: narrow}
-    found = scores_of_needles(
+    scores = scores_of_needles(
         {x: logits for x in ("calibration", "test")}, {x: labels for x in ("calibration", "test")}, hops, hops / 3
     )
-    assert found["looks"]["agreement"] == 1.0
-    assert found["spearman"]["hops"] > 0.8
-    assert found["by_hops"]["0"]["spent"] == pytest.approx(1 / 12)
-    assert found["by_hops"]["3"]["spent"] == pytest.approx(1 / 12 + 1 / 4)
+    assert scores["looks"]["agreement"] == 1.0
+    assert scores["spearman"]["hops"] > 0.8
+    assert scores["by_hops"]["0"]["spent"] == pytest.approx(1 / 12)
+    assert scores["by_hops"]["3"]["spent"] == pytest.approx(1 / 12 + 1 / 4)
 
 
 @pytest.fixture(scope="module")
@@ -145,22 +145,22 @@ def test_a_run_trains_judges_times_and_is_told(data, tmp_path, monkeypatch):
     BertForSequenceClassification(BertConfig(**sizes, max_position_embeddings=32)).save_pretrained(tmp_path / "model")
     run.load_tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(run, "minilm", lambda: str(tmp_path / "model"))
-    own = {"train": 24, "calibration": 12, "test": 12, "epochs": 1, "batch_size": 8, "long": 8}
-    settings = {"data": {"tiny": own}, "chunk": 16, "long": 64, "learning_rate": 1e-4}
+    config = {"train": 24, "calibration": 12, "test": 12, "epochs": 1, "batch_size": 8, "long": 8}
+    settings = {"data": {"tiny": config}, "chunk": 16, "long": 64, "learning_rate": 1e-4}
     options = argparse.Namespace(data=data, work=tmp_path / "work", starts=None, time=True, no_long=False)
-    found = run.run_documents("tiny", options, settings, 0)
-    assert found["ways"]["chunks"]["agreement"] == 1.0
-    assert found["timing"]["chunks"]["of_chunks"]["median"] == 1.0
-    assert 0.0 <= found["long"]["interpolated, untrained"]["accuracy"] <= 1.0
-    assert found["long"]["tiled"]["chunks"]["cost"] == found["long"]["interpolated"]["chunks"]["cost"] == 1.0
-    assert 0.0 <= found["svm"]["accuracy"] <= 1.0
+    results = run.run_documents("tiny", options, settings, 0)
+    assert results["ways"]["chunks"]["agreement"] == 1.0
+    assert results["timing"]["chunks"]["of_chunks"]["median"] == 1.0
+    assert 0.0 <= results["long"]["interpolated, untrained"]["accuracy"] <= 1.0
+    assert results["long"]["tiled"]["chunks"]["cost"] == results["long"]["interpolated"]["chunks"]["cost"] == 1.0
+    assert 0.0 <= results["svm"]["accuracy"] <= 1.0
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text(
         "".join(f"<!-- [start:{x}] -->\n<!-- [end:{x}] -->\n" for x in ("ways", "worth", *TASKS, "lengths"))
     )
     (tmp_path / "results").mkdir()
-    run.write(tmp_path / "results", "tiny", 0, settings, 1, found)
+    run.write(tmp_path / "results", "tiny", 0, settings, 1, results)
     report.main([str(tmp_path / "results"), str(page)])
     assert "TF-IDF and a linear SVM" in page.read_text()
     assert (page.parent / "images" / "long_documents.png").stat().st_size > 1000

@@ -39,14 +39,14 @@ def doubting(rows, tokenizer):
 def assert_as_its_own_call(model, rows, tokenizer, budget=None, batch_size=5):
     """Returns what was spent on each row."""
     seen, spent = [], torch.zeros(64)
-    for found in answer_rows(model, rows, tokenizer, batch_size, budget):
-        batch = tokenizer.pad({name: [values[x] for x in found.places] for name, values in rows.items()})
+    for answer in answer_rows(model, rows, tokenizer, batch_size, budget):
+        batch = tokenizer.pad({name: [values[x] for x in answer.places] for name, values in rows.items()})
         with torch.no_grad():
             expected = model(**batch.convert_to_tensors("pt"), budget=budget)
-        torch.testing.assert_close(found.logits, expected.logits, rtol=0.0, atol=1e-5)
-        assert found.spent.tolist() == expected.budget.tolist()
-        seen += found.places.tolist()
-        spent[found.places] = found.spent
+        torch.testing.assert_close(answer.logits, expected.logits, rtol=0.0, atol=1e-5)
+        assert answer.spent.tolist() == expected.budget.tolist()
+        seen += answer.places.tolist()
+        spent[answer.places] = answer.spent
     assert sorted(seen) == list(range(64))
     return spent
 
@@ -56,13 +56,13 @@ def calls(monkeypatch):
     """Budgets and batch sizes of a model's calls, from now on."""
 
     def record(model):
-        found, forward = [], model.forward
+        log, forward = [], model.forward
         monkeypatch.setattr(
             model,
             "forward",
-            lambda **given: (found.append((given.get("budget"), len(given["input_ids"]))), forward(**given))[1],
+            lambda **given: (log.append((given.get("budget"), len(given["input_ids"]))), forward(**given))[1],
         )
-        return found
+        return log
 
     return record
 
@@ -91,17 +91,17 @@ def test_a_first_look_that_opens_nothing_is_a_look(doubting, rows, tokenizer):
 def test_doubted_rows_of_many_batches_share_full_batches_of_the_next_look(doubting, rows, tokenizer, calls):
     model = doubting([0.125, 0.5, 1.0])
     first, second, _ = (look.cost for look in plan_deferred(model).looks)
-    found = calls(model)
+    log = calls(model)
     list(answer_rows(model, rows, tokenizer, 7))
-    assert found == [*[(first, 7)] * 9, (first, 1), *[(second, 7)] * 4, (second, 4), (1.0, 7), (1.0, 7), (1.0, 2)]
+    assert log == [*[(first, 7)] * 9, (first, 1), *[(second, 7)] * 4, (second, 4), (1.0, 7), (1.0, 7), (1.0, 2)]
 
 
 def test_nothing_is_asked_of_a_look_when_no_row_is_left(doubting, rows, tokenizer, calls):
     model = doubting([0.125, 0.5, 1.0])
     model.config.confidence = [0.0, 1.0]
-    found = calls(model)
+    log = calls(model)
     list(answer_rows(model, rows, tokenizer, 32))
-    assert found == [(plan_deferred(model).looks[0].cost, 32)] * 2
+    assert log == [(plan_deferred(model).looks[0].cost, 32)] * 2
 
 
 def test_what_looks_once_is_called_as_it_is(rows, tokenizer, calls):
@@ -118,9 +118,9 @@ def test_what_looks_once_is_called_as_it_is(rows, tokenizer, calls):
         (budgetformer("bert", num_labels=1), None),
         (recorded, None),
     ):
-        found = calls(model)
+        log = calls(model)
         answers = list(answer_rows(model, rows, tokenizer, 32, budget))
-        assert found == [(budget, 32)] * 2
+        assert log == [(budget, 32)] * 2
         for (places, batch), answer in zip(batches_by_length(rows, tokenizer, 32), answers, strict=True):
             with torch.no_grad():
                 out = model(**batch, **({} if budget is None else {"budget": budget}))

@@ -25,18 +25,18 @@ def test_figures_are_shares_of_the_rows(load):
     metric = load()
     labels = {"predictions": [0, 1, 2, 2], "references": [0, 1, 1, 1]}
     assert metric.compute(**labels) == {"accuracy": 0.5}
-    found = metric.compute(**labels, full_predictions=[0, 1, 1, 2], budgets=[0.25, 0.25, 1.25, 1.0])
-    assert found == {"accuracy": 0.5, "agreement": 0.75, "mean_budget": 0.6875, "doubtful": 0.25}
+    scores = metric.compute(**labels, full_predictions=[0, 1, 1, 2], budgets=[0.25, 0.25, 1.25, 1.0])
+    assert scores == {"accuracy": 0.5, "agreement": 0.75, "mean_budget": 0.6875, "doubtful": 0.25}
     metric.add_batch(predictions=[1, 1], references=[1, 0])
     metric.add(prediction=0, reference=0)
     assert metric.compute(budgets=[2.0, 0.5, 0.5])["doubtful"] == pytest.approx(1 / 3)
 
 
 def test_of_several_labels_all_must_be_right(load):
-    found = load("multilabel").compute(
+    scores = load("multilabel").compute(
         predictions=[[0, 1], [1, 1]], references=[[0, 0], [1, 1]], full_predictions=[[0, 1], [1, 1]]
     )
-    assert found == {"accuracy": 0.5, "agreement": 1.0}
+    assert scores == {"accuracy": 0.5, "agreement": 1.0}
 
 
 def test_columns_of_other_lengths_are_refused():

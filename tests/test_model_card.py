@@ -71,7 +71,7 @@ def checkpoint(saved, tmp_path):
 def undrawn(monkeypatch):
     """Spares the time that plots take."""
     for name in ("plot_accuracy", "plot_inputs", "plot_time", "plot_training"):
-        monkeypatch.setattr(model_card, name, lambda found, path: path)
+        monkeypatch.setattr(model_card, name, lambda values, path: path)
 
 
 def leave(folder, *kinds):
@@ -129,8 +129,8 @@ def test_metadata_goes_through_huggingface_hub_and_back(checkpoint, undrawn):
         "tags": ["budgetformer", "adaptive-computation"], "model-index": None,
     }  # fmt: skip
     assert data.model_name == "me/reviews"
-    found = [(x.metric_type, x.metric_name, x.metric_value, x.dataset_name) for x in data.eval_results]
-    assert found == [
+    results = [(x.metric_type, x.metric_name, x.metric_value, x.dataset_name) for x in data.eval_results]
+    assert results == [
         ("accuracy", "accuracy, budget 1", 0.9, "teapots/reviews.csv"),
         ("accuracy", "accuracy, plain call", 0.86, "teapots/reviews.csv"),
     ]
@@ -194,8 +194,8 @@ def test_a_small_evaluation_neither_replaces_a_large_one_nor_is_published_in_its
     assert text.index("On 50 rows of teapots/reviews.csv, test,") < text.index(
         "On 20 rows of teapots/reviews.csv, test,"
     )
-    found = [(x.dataset_name, x.dataset_split, x.metric_value) for x in ModelCard(text).data.eval_results]
-    assert found == [
+    results = [(x.dataset_name, x.dataset_split, x.metric_value) for x in ModelCard(text).data.eval_results]
+    assert results == [
         ("teapots/reviews.csv", "test", 0.9), ("teapots/reviews.csv", "test", 0.86), ("me/others", None, 0.99),
     ]  # fmt: skip
     assert "Accuracy was measured on teapots/reviews.csv, test and me/others only" in text
@@ -229,7 +229,7 @@ def test_figures_are_out_of_date_once_the_weights_have_changed(checkpoint, undra
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "words"),
     [
         ({}, "trained with it (`budget=1.0`)"),
         ({"freeze_full": True}, "as it was before (`budget=1.0`)"),
@@ -239,9 +239,9 @@ def test_figures_are_out_of_date_once_the_weights_have_changed(checkpoint, undra
         ({"router": "layer", "looks": [0.5]}, "A plain call runs 0.5 of the heads."),
     ],
 )
-def test_it_says_what_a_plain_call_is(tmp_path, fields, told):
+def test_it_says_what_a_plain_call_is(tmp_path, fields, words):
     budgetformer("bert", **fields).save_pretrained(tmp_path)
-    assert told in write_model_card(tmp_path).read_text()
+    assert words in write_model_card(tmp_path).read_text()
 
 
 def test_the_promise_is_told_in_words_as_long_as_the_looks_are_those_it_was_made_for(tmp_path):

@@ -78,9 +78,9 @@ def test_every_problem_type_has_the_stock_loss(backbone_type, problem, tmp_path)
 
 def test_hidden_states_and_attentions_are_the_stock_ones(backbone_type, tmp_path):
     stock, model = with_budgetformer(backbone_type, tmp_path, attn_implementation="eager")
-    asked = {"output_hidden_states": True, "output_attentions": True}
+    options = {"output_hidden_states": True, "output_attentions": True}
     batch = batch_of(LENGTHS, backbone_type)
-    expected, got = stock(**batch, **asked), model(**batch, **asked)
+    expected, got = stock(**batch, **options), model(**batch, **options)
     for name in ("hidden_states", "attentions"):
         assert len(got[name]) == len(expected[name])
         assert all(torch.equal(a, b) for a, b in zip(got[name], expected[name], strict=True)), name
@@ -147,12 +147,12 @@ def test_a_mean_budget_is_spent_in_the_mean(backbone_type):
     model = budgetformer(backbone_type)
     batches = [batch_of([3, 9, 4, 7, 5, 6, 8, 2] * 8, backbone_type, seed=seed) for seed in range(8)]
     calibrate_margins(model, batches[:4])
-    for asked in (0.3, 0.4, 0.5, 0.8):
-        spent = torch.cat([model(**batch, budget=asked).budget for batch in batches[:4]])
-        assert spent.mean().item() == pytest.approx(asked, rel=0.05)
+    for budget in (0.3, 0.4, 0.5, 0.8):
+        spent = torch.cat([model(**batch, budget=budget).budget for batch in batches[:4]])
+        assert spent.mean().item() == pytest.approx(budget, rel=0.05)
         assert {round(x, 4) for x in spent.tolist()} == {0.0833, 1.0833}
-        others = torch.cat([model(**batch, budget=asked).budget for batch in batches[4:]])
-        assert others.mean().item() == pytest.approx(asked, rel=0.2)
+        others = torch.cat([model(**batch, budget=budget).budget for batch in batches[4:]])
+        assert others.mean().item() == pytest.approx(budget, rel=0.2)
 
 
 def test_inputs_of_different_budgets_share_a_batch(backbone_type):
@@ -217,20 +217,20 @@ def test_an_input_is_answered_the_same_in_any_company(data, name):
     budgets = data.draw(st.lists(st.one_of(share, st.just(1.0)), min_size=len(lengths), max_size=len(lengths)))
     side = data.draw(st.sampled_from(["right", "left"]))
     seed = data.draw(st.integers(0, 999))
-    batch, asked = batch_of(lengths, name, side, seed), torch.tensor(budgets)
+    batch, budget = batch_of(lengths, name, side, seed), torch.tensor(budgets)
     if name == "bert" and side == "left":
         batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        outputs = model(**batch, budget=asked)
-        assert (outputs.budget <= asked + 1e-5).all()
+        outputs = model(**batch, budget=budget)
+        assert (outputs.budget <= budget + 1e-5).all()
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
-        permuted = model(**{key: x[order] for key, x in batch.items()}, budget=asked[order])
+        permuted = model(**{key: x[order] for key, x in batch.items()}, budget=budget[order])
         torch.testing.assert_close(permuted.logits, outputs.logits[order], rtol=1e-4, atol=1e-5)
         assert torch.equal(permuted.budget, outputs.budget[order])
         row = data.draw(st.integers(0, len(lengths) - 1))
         real = batch["attention_mask"][row].bool()
         single = {key: x[row : row + 1, real] for key, x in batch.items()}
-        alone = model(**single, budget=asked[row : row + 1])
+        alone = model(**single, budget=budget[row : row + 1])
         if side == "right":  # the stock heads, and so ours, read the first position even where that is padding
             torch.testing.assert_close(alone.logits, outputs.logits[row : row + 1], rtol=1e-4, atol=1e-5)
         assert alone.budget[0] == outputs.budget[row]
@@ -303,7 +303,7 @@ def test_what_is_new_is_written_when_a_plain_checkpoint_is_loaded(backbone_type,
     assert model.narrow.steps.item() == 0
     if task:
         pairs = zip(model.narrow.head.parameters(), model.classifier.parameters(), strict=True)
-        assert all(torch.equal(own, stock) for own, stock in pairs)
+        assert all(torch.equal(ours, stock) for ours, stock in pairs)
     longest = base.config.max_position_embeddings
     assert torch.equal(base.embeddings.position_ids, torch.arange(longest)[None])
     assert not base.embeddings.token_type_ids.any()
@@ -328,7 +328,7 @@ def test_another_number_of_labels_gives_both_heads_anew(backbone_type, tmp_path)
     again = BudgetFormerForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert again.narrow.steps.item() == 1
     pairs = zip(again.narrow.head.parameters(), again.classifier.parameters(), strict=True)
-    assert all(torch.equal(own, stock) for own, stock in pairs)
+    assert all(torch.equal(ours, stock) for ours, stock in pairs)
     assert torch.equal(again.narrow.layer[0].qkv.weight, model.narrow.layer[0].qkv.weight)
 
 
@@ -406,11 +406,11 @@ def test_a_frozen_full_model_does_not_run_where_its_answers_are_given(backbone_t
     given = model(**batch, labels=labels, teacher_logits=teacher_logits)
     assert ran == []
     model.narrow.steps.fill_(0)
-    asked = model(**batch, labels=labels)
+    outputs = model(**batch, labels=labels)
     assert ran == [1]
-    torch.testing.assert_close(asked.logits, teacher_logits)  # without dropout
-    torch.testing.assert_close(asked.loss, given.loss + model.training_log["task_loss"])
-    asked.loss.backward()
+    torch.testing.assert_close(outputs.logits, teacher_logits)  # without dropout
+    torch.testing.assert_close(outputs.loss, given.loss + model.training_log["task_loss"])
+    outputs.loss.backward()
     learned = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learned == {"narrow"}
     assert {name.split(".")[0] for name, x in model.named_parameters() if x.requires_grad} == {"narrow"}

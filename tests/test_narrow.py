@@ -190,8 +190,8 @@ def test_the_most_important_units_are_born_first(backbone_type):
     importance = [Importance(torch.arange(4.0), -torch.arange(24.0)) for _ in range(3)]
     model.init_narrow(importance)
     query, key, value = narrow.qkv.weight.view(2, 3, 4, 16).unbind(1)
-    own = full.attention.self
-    for part, stock in ((query, own.query), (key, own.key), (value, own.value)):
+    attention = full.attention.self
+    for part, stock in ((query, attention.query), (key, attention.key), (value, attention.value)):
         assert torch.equal(part, stock.weight.view(4, 4, 16)[[3, 2]])
     assert torch.equal(narrow.up.weight, full.intermediate.dense.weight[:12])
     assert torch.equal(narrow.down.weight, full.output.dense.weight[:, :12])
@@ -244,8 +244,8 @@ def test_rows_can_be_taken_out_of_a_packed_batch():
         rows = torch.tensor([4, 0, 3])
         hidden, batch = packed.select(packed.pack(values), rows)
         alone, expected = PaddedBatch(mask).select(values, rows)
-        own = find_packing(expected.mask, (3, 9), values.device)
-        assert torch.equal(batch.pad(hidden), own.pad(own.pack(alone)))
+        packing = find_packing(expected.mask, (3, 9), values.device)
+        assert torch.equal(batch.pad(hidden), packing.pad(packing.pack(alone)))
         assert torch.equal(batch.first(hidden), alone[:, 0])
-        assert sorted(batch.sequences.lengths) == sorted(own.sequences.lengths)
-        assert batch.sequences.padded_first == own.sequences.padded_first
+        assert sorted(batch.sequences.lengths) == sorted(packing.sequences.lengths)
+        assert batch.sequences.padded_first == packing.sequences.padded_first

@@ -23,10 +23,13 @@ def parts_of(layer):
 
 def test_importance_is_the_mean_slope_of_the_loss_in_a_gate(backbone_type):
     model, [batch] = budgetformer(backbone_type), labelled(backbone_type)[:1]
-    found = unit_importance(model, [batch])
+    importances = unit_importance(model, [batch])
     for index, layer in enumerate(model.base_model.encoder.layer):
         attention, feed_forward = parts_of(layer)
-        for dense, size, importance in ((attention, 4, found[index].heads), (feed_forward, 1, found[index].neurons)):
+        for dense, size, importance in (
+            (attention, 4, importances[index].heads),
+            (feed_forward, 1, importances[index].neurons),
+        ):
             for unit in range(0, len(importance), 3):
                 slope = 0.0
                 for row in range(3):
@@ -68,12 +71,12 @@ def test_units_that_matter_most_come_first(backbone_type):
     model.narrow.steps += 5
     order_units(model, labelled(backbone_type))
     assert model.narrow.steps == 0
-    for own, layer, head, neuron in zip(
+    for narrow, layer, head, neuron in zip(
         model.narrow.layer, model.base_model.encoder.layer, heads, neurons, strict=True
     ):
         attention, feed_forward = parts_of(layer)
-        assert torch.equal(own.attention_output.weight[:, :4], attention.weight[:, 4 * head : 4 * head + 4])
-        assert torch.equal(own.down.weight[:, 0], feed_forward.weight[:, neuron])
+        assert torch.equal(narrow.attention_output.weight[:, :4], attention.weight[:, 4 * head : 4 * head + 4])
+        assert torch.equal(narrow.down.weight[:, 0], feed_forward.weight[:, neuron])
 
 
 def test_models_and_batches_that_tell_nothing_are_refused(backbone_type):

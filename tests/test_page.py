@@ -228,11 +228,11 @@ def test_a_bad_file_is_named_without_its_place_on_the_server(run, tmp_path, name
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Exception, match=re.escape(name)) as caught:
         run(tmp_path / name)
-    told = caught.value.message
-    assert re.match(message, told.replace("&lt;", "<").replace("&gt;", ">").replace("&#x27;", "'"))
-    assert "<" not in told
-    assert str(tmp_path) not in told
-    assert "--" not in told
+    text = caught.value.message
+    assert re.match(message, text.replace("&lt;", "<").replace("&gt;", ">").replace("&#x27;", "'"))
+    assert "<" not in text
+    assert str(tmp_path) not in text
+    assert "--" not in text
     assert not (tmp_path / name).exists()
 
 
@@ -298,8 +298,8 @@ def test_the_promise_is_told_in_words_as_long_as_it_is_kept(model, tokenizer, ch
     promise = {"risk": "tolerance", "level": 0.005, "confidence": 0.95, "rows": 5000, "bound": 0.004, "lost": 0.001}
     promise |= {"looks": model.config.looks, "thresholds": model.config.confidence, "doubted": 9}
     monkeypatch.setattr(model.config, "promise", promise)
-    told = texts_of(page.build_page(model, tokenizer, str(checkpoint), page.EXAMPLES))
-    assert "Its answers lose at most 0.5 points of accuracy on the full model's for texts like the 5,000" in told
+    text = texts_of(page.build_page(model, tokenizer, str(checkpoint), page.EXAMPLES))
+    assert "Its answers lose at most 0.5 points of accuracy on the full model's for texts like the 5,000" in text
     monkeypatch.setattr(model.config, "looks", [0.2, 1.0])
     assert "Its answers" not in texts_of(page.build_page(model, tokenizer, str(checkpoint), page.EXAMPLES))
 
@@ -339,8 +339,8 @@ def answer(browser):
 
 
 def button(browser, text):
-    [found] = [element for element in find(browser, "button:not([tabindex='-1'])") if element.text.strip() == text]
-    return found
+    [match] = [element for element in find(browser, "button:not([tabindex='-1'])") if element.text.strip() == text]
+    return match
 
 
 @pytest.fixture(scope="module")
@@ -360,11 +360,11 @@ def server(tmp_path_factory, checkpoint):
         process = subprocess.Popen(command, cwd=folder / "app", env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 90
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+        while not (match := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield found[0], folder
+        yield match[0], folder
     finally:
         process.terminate()
         process.wait(10)
@@ -398,9 +398,9 @@ def browser(server, chromium):
     yield chromium
     assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []
     sent = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in sent if event["method"] == "Network.requestWillBeSent"]
-    assert asked
-    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    urls = [event["params"]["request"]["url"] for event in sent if event["method"] == "Network.requestWillBeSent"]
+    assert urls
+    assert [url for url in urls if not url.startswith((address, "data:", "blob:"))] == []
 
 
 def open_file(browser, path):
@@ -497,7 +497,7 @@ def test_a_bad_file_gives_a_message_and_the_next_one_works(browser, tmp_path):
     (tmp_path / "good.txt").write_text("w1 w2\nw3\n")
     open_file(browser, tmp_path / "bad.csv")
     message = "bad.csv must have a column 'text', got the columns ['<b>review</b>']"
-    wait(browser, lambda: [told for told in find(browser, "[role=status]") if message in told.text])
+    wait(browser, lambda: [element for element in find(browser, "[role=status]") if message in element.text])
     assert not find(browser, "a[download]")
     open_file(browser, tmp_path / "good.txt")
     wait(browser, lambda: len(cells(browser)) == 2)

@@ -72,14 +72,14 @@ def read(results, variant, seed=0):
 def test_every_variant_is_trained_and_measured(results):
     assert {path.name for path in results.iterdir()} == {f"tiny_news-{name}-0.json" for name in run.VARIANTS}
     for name, fields in run.VARIANTS.items():
-        found = read(results, name)
-        assert found["environment"]["packages"]["torch"]
-        assert found["data"]["train"]["rows"] == 24
-        assert found["data"]["train"]["rows_in_file"] == 30
-        assert len(found["data"]["test"]["sha256"]) == 64
-        assert found["settings"]["fields"] == fields
-        assert found["figures"]["training"]["steps"] == 3
-        evaluations = found["figures"]["evaluations"]
+        result = read(results, name)
+        assert result["environment"]["packages"]["torch"]
+        assert result["data"]["train"]["rows"] == 24
+        assert result["data"]["train"]["rows_in_file"] == 30
+        assert len(result["data"]["test"]["sha256"]) == 64
+        assert result["settings"]["fields"] == fields
+        assert result["figures"]["training"]["steps"] == 3
+        evaluations = result["figures"]["evaluations"]
         wanted = {"own"} if "looks" in fields else {"own", "0.1", "0.25", "0.5", "1.0"}
         assert evaluations.keys() == wanted | ({"random"} if name == "literal" else set())
         for x in evaluations.values():
@@ -104,11 +104,11 @@ def test_full_attention_saves_nothing_and_budgets_are_kept(results):
 
 @pytest.mark.slow
 def test_the_difference_of_soft_and_hard_gates_is_measured(results):
-    found = read(results, "literal")["explanation"]
-    assert found["norm_ratio"].keys() == {"own", "0.1", "0.25", "0.5", "1.0"}
-    assert all(len(ratios) == 2 and min(ratios) > 0 for ratios in found["norm_ratio"].values())
-    assert found["norm_ratio"]["1.0"][0] > found["norm_ratio"]["0.1"][0]
-    assert found["soft_accuracy"].keys() == {"own", "1.0"}
+    explanation = read(results, "literal")["explanation"]
+    assert explanation["norm_ratio"].keys() == {"own", "0.1", "0.25", "0.5", "1.0"}
+    assert all(len(ratios) == 2 and min(ratios) > 0 for ratios in explanation["norm_ratio"].values())
+    assert explanation["norm_ratio"]["1.0"][0] > explanation["norm_ratio"]["0.1"][0]
+    assert explanation["soft_accuracy"].keys() == {"own", "1.0"}
     assert "explanation" not in read(results, "ours")
 
 
@@ -129,13 +129,13 @@ def test_random_heads_are_as_many_and_the_routers_are_put_back():
     model = budgetformer("bert", stir=False, router="layer", **run.LITERAL)
     batch = batch_of([5, 9, 3, 7, 4, 8])
     with torch.no_grad():
-        own = model(**batch, output_head_gates=True, budget=0.3).head_gates
+        gates = model(**batch, output_head_gates=True, budget=0.3).head_gates
         with run.random_heads(model):
             drawn = model(**batch, output_head_gates=True, budget=0.3).head_gates
-        assert (own.sum(-1) == 2).all()
+        assert (gates.sum(-1) == 2).all()
         assert (drawn.sum(-1) == 2).all()
-        assert not torch.equal(own[:, 0], drawn[:, 0])
-        assert torch.equal(model(**batch, output_head_gates=True, budget=0.3).head_gates, own)
+        assert not torch.equal(gates[:, 0], drawn[:, 0])
+        assert torch.equal(model(**batch, output_head_gates=True, budget=0.3).head_gates, gates)
 
 
 @pytest.mark.parametrize("budget", [None, 0.5, 1.0])

@@ -14,8 +14,8 @@ from hf_budgetformer.tools.profiling import BudgetCost, CostCard, RivalCost
 pytest.importorskip("matplotlib")
 
 
-def result(asked, accuracy, agreement, spent):
-    return BudgetResult(asked, round(400 * accuracy), accuracy, (accuracy - 0.03, accuracy + 0.02), agreement, spent)
+def result(budget, accuracy, agreement, spent):
+    return BudgetResult(budget, round(400 * accuracy), accuracy, (accuracy - 0.03, accuracy + 0.02), agreement, spent)
 
 
 def evaluation():
@@ -35,9 +35,9 @@ def training():
 
 
 def costs(labelled=False):
-    def cost(asked, spent, rate):
+    def cost(budget, spent, rate):
         kept = {"accuracy": 0.8, "interval": (0.76, 0.84)} if labelled else {}
-        return BudgetCost(asked, spent, 1e6, 2.0 + spent, 4.0, rate, 12.0, **kept)
+        return BudgetCost(budget, spent, 1e6, 2.0 + spent, 4.0, rate, 12.0, **kept)
 
     results = [cost(1.0, 1.0, 400.0), cost(0.25, 0.25, 800.0), cost(None, 0.5, 500.0)]
     settings = {"data": "/home/somebody/emotion", "seed": 7, "rows": 400, "batch_size": 32}

@@ -116,8 +116,8 @@ def test_the_papers_routers_have_a_cost_card(texts, tokenizer):
     (None, 200.0, None),
 ])  # fmt: skip
 def test_training_has_paid_for_itself_when_it_has_saved_as_long_as_it_took(training_seconds, rate, inputs):
-    found = inputs_to_break_even(training_seconds, 100.0, rate)
-    assert found is inputs or found == pytest.approx(inputs, abs=1)
+    count = inputs_to_break_even(training_seconds, 100.0, rate)
+    assert count is inputs or count == pytest.approx(inputs, abs=1)
 
 
 def test_a_card_breaks_even_where_it_does_so_first(texts, tokenizer):
@@ -210,8 +210,8 @@ def test_a_cost_card_tells_what_is_gained_on_what_a_user_would_pick_instead(text
         return {"onnx-int8": rivals.Rival(lambda batch: stock(**batch).logits, 0.75)}
 
     monkeypatch.setattr(profiling, "make_rivals", make_rivals)
-    asked = {"batch_size": 4, "rows": 10, "repeats": 1, "against": ["onnx-int8", "sorted", "sorted"]}
-    card = cost_card(model, texts, tokenizer, (0.25, None), **asked)
+    options = {"batch_size": 4, "rows": 10, "repeats": 1, "against": ["onnx-int8", "sorted", "sorted"]}
+    card = cost_card(model, texts, tokenizer, (0.25, None), **options)
     assert len(made) == 1
     assert card.settings["against"] == ["onnx-int8", "sorted"]
     come, rival, by_length = card.rivals
@@ -235,7 +235,7 @@ def compared(texts, tokenizer):
         rival = values["rivals"][0]
         values["rivals"] = [{**rival, "name": name, "throughput": rate} for name, rate in others.items()]
         result = values["results"][0]
-        values["results"] = [{**result, "asked": asked, "throughput": rate} for asked, rate in ours.items()]
+        values["results"] = [{**result, "asked": budget, "throughput": rate} for budget, rate in ours.items()]
         values["settings"]["promise"] = promise
         lines = str(CostCard.from_dict(values)).splitlines()
         assert "stock, sorted" in lines[1]
@@ -246,8 +246,8 @@ def compared(texts, tokenizer):
 
 def test_the_last_line_is_the_answer_to_what_is_gained(compared):
     others = {"as they come": 50.0, "sorted": 80.0, "openvino-int8": 100.0}
-    told = compared(others, {1.0: 90.0, 0.25: 500.0, None: 250.0}, "Its answers differ seldom.")
-    assert told == (
+    line = compared(others, {1.0: 90.0, 0.25: 500.0, None: 250.0}, "Its answers differ seldom.")
+    assert line == (
         "On these texts a plain call answers 2.50 times as many inputs a second as the best of the others, "
         "openvino-int8, sorted. Its answers differ seldom."
     )
@@ -266,11 +266,11 @@ def test_other_runtimes_answer_as_the_stock_model():
         pytest.importorskip(package)
     model, batches = budgetformer("bert"), [batch_of([9, 4, 6]), batch_of([12])]
     environment = dict(os.environ)
-    found = rivals.make_rivals(rivals.RIVALS, model, batches, 1)
+    runtimes = rivals.make_rivals(rivals.RIVALS, model, batches, 1)
     assert dict(os.environ) == environment
-    assert tuple(found) == rivals.RIVALS
+    assert tuple(runtimes) == rivals.RIVALS
     stock = stock_model(model)
-    for name, rival in found.items():
+    for name, rival in runtimes.items():
         assert 0.0 <= rival.agreement <= 1.0
         for batch in batches:
             with torch.no_grad():

@@ -51,10 +51,10 @@ def predicted(output):
     return sorted(pq.read_table(output / "predictions").to_pylist(), key=lambda row: row["row"])
 
 
-def assert_answers_of_each_text_alone(found, checkpoint, texts):
+def assert_answers_of_each_text_alone(answers, checkpoint, texts):
     model, tokenizer = load_classifier(str(checkpoint), device="cpu")
-    assert [row["row"] for row in found] == list(range(len(texts)))
-    for row, text in zip(found, texts, strict=True):
+    assert [row["row"] for row in answers] == list(range(len(texts)))
+    for row, text in zip(answers, texts, strict=True):
         [alone] = predict(model, tokenizer, [({"text": text}, None)], spent=True)
         assert row["label"] == alone["label"]
         assert [row["score"], row["budget"]] == pytest.approx([alone["score"], alone["budget"]], abs=1e-4)
@@ -62,8 +62,8 @@ def assert_answers_of_each_text_alone(found, checkpoint, texts):
 
 def test_parts_hold_every_row_once_and_lie_in_one_row_group(source):
     parts = ray_batch_inference.find_parts(source, "text", 20)
-    found = [(Path(part["path"]).stem, part["group"], part["start"], part["rows"], part["first"]) for part in parts]
-    assert found == [
+    entries = [(Path(part["path"]).stem, part["group"], part["start"], part["rows"], part["first"]) for part in parts]
+    assert entries == [
         ("a", 0, 0, 20, 0), ("a", 0, 20, 10, 20), ("a", 1, 0, 20, 30), ("a", 1, 20, 10, 50), ("a", 2, 0, 8, 60),
         ("b", 0, 0, 2, 68),
     ]  # fmt: skip
@@ -80,10 +80,10 @@ def test_a_part_is_whole_or_not_there_and_done_again_it_is_the_same(checkpoint, 
             worker(parts[0])
     assert not list((tmp_path / "predictions").glob("part-*"))
     assert [row for part in parts for row in worker(part)] == REJECTED
-    found = predicted(tmp_path)
-    assert_answers_of_each_text_alone(found, checkpoint, texts["text"])
+    answers = predicted(tmp_path)
+    assert_answers_of_each_text_alone(answers, checkpoint, texts["text"])
     assert [row for part in parts for row in worker(part)] == REJECTED  # as if it had died before it said so
-    assert predicted(tmp_path) == found
+    assert predicted(tmp_path) == answers
 
 
 def test_doubted_rows_of_a_part_share_full_batches(checkpoint, texts, tmp_path, monkeypatch):
@@ -167,8 +167,8 @@ def finish(process, home):
 
 def wait_for(condition, process):
     while process.poll() is None:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.02)
     raise AssertionError(f"ended before that:\n{process.communicate()[0][-3000:]}")
 
@@ -185,11 +185,11 @@ def test_every_row_is_classified_or_rejected_and_ray_leaves_nothing_behind(check
 
 
 def workers(process):
-    found = []
+    processes = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # some have just ended
-            found += [child] if "FlatMap(Classifier)" in " ".join(child.cmdline()) else []
-    return found
+            processes += [child] if "FlatMap(Classifier)" in " ".join(child.cmdline()) else []
+    return processes
 
 
 @pytest.mark.slow
@@ -206,10 +206,10 @@ def test_a_worker_killed_in_mid_run_loses_and_repeats_no_row(checkpoint, texts, 
         assert len(list(output.glob("predictions/part-*"))) < len(many) / 100
         assert finish(process, home).endswith(f": {len(many) - 1} classified, 1 rejected.")
     assert pq.read_table(output / "rejected.parquet").to_pylist() == [{"row": 5, "reason": "missing"}]
-    found = {row["row"]: row["label"] for row in predicted(output)}
-    assert sorted(found) == [row for row in range(len(many)) if row != 5]
-    assert len(predicted(output)) == len(found)
-    assert all(found[row] == found[row % 64] for row in found if row % 64 != 5)
+    labels = {row["row"]: row["label"] for row in predicted(output)}
+    assert sorted(labels) == [row for row in range(len(many)) if row != 5]
+    assert len(predicted(output)) == len(labels)
+    assert all(labels[row] == labels[row % 64] for row in labels if row % 64 != 5)
 
 
 @pytest.mark.slow
@@ -231,5 +231,5 @@ def test_a_run_that_was_killed_goes_on_when_it_is_started_again_and_loses_nothin
         assert finish(process, Path(anew)).endswith(f": {len(many) - 1} classified, 1 rejected.")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert pq.read_table(output / "rejected.parquet").to_pylist() == [{"row": 5, "reason": "missing"}]
-    found = [row["row"] for row in predicted(output)]
-    assert found == [row for row in range(len(many)) if row != 5]
+    numbers = [row["row"] for row in predicted(output)]
+    assert numbers == [row for row in range(len(many)) if row != 5]

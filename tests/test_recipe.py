@@ -54,17 +54,17 @@ def test_texts_give_the_same_as_tokens_and_the_teacher_may_be_a_folder(tokenizer
 def test_the_answers_are_cached_by_the_teachers_weights(tokenizer, tokenized, tmp_path, monkeypatch):
     tokenized.save_to_disk(tmp_path)
     rows, teacher = Dataset.load_from_disk(str(tmp_path)), stock_teacher()
-    asked = []
-    teacher.register_forward_hook(lambda *_: asked.append(1))
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
     first = add_teacher_logits(rows, teacher, tokenizer)["teacher_logits"][:]
-    assert asked
-    asked.clear()
+    assert calls
+    calls.clear()
     assert add_teacher_logits(rows, teacher, tokenizer)["teacher_logits"][:] == first
-    assert not asked
+    assert not calls
     with torch.no_grad():
         teacher.classifier.bias += 1.0
     assert add_teacher_logits(rows, teacher, tokenizer)["teacher_logits"][:] != first
-    assert asked
+    assert calls
 
 
 def test_rows_that_cannot_be_asked_about_are_refused(tokenizer, tokenized):
@@ -241,7 +241,7 @@ def arguments_for(folder, **fields):
 
 
 def test_two_stages_leave_the_teacher_in_the_model_bit_for_bit(plain, texts, tmp_path):
-    found = train_classifier(plain, texts, arguments_for(tmp_path / "out"), validation=texts)
+    record = train_classifier(plain, texts, arguments_for(tmp_path / "out"), validation=texts)
     teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teacher")
     model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out")
     before = AutoModelForSequenceClassification.from_pretrained(plain)
@@ -251,8 +251,8 @@ def test_two_stages_leave_the_teacher_in_the_model_bit_for_bit(plain, texts, tmp
     assert model.is_trained()
     assert model.config.freeze_full
     assert model.config.margins is not None
-    assert found["teacher"] == str(tmp_path / "out" / "teacher")
-    assert 0.0 <= found["validation"]["eval_accuracy"] <= 1.0
+    assert record["teacher"] == str(tmp_path / "out" / "teacher")
+    assert 0.0 <= record["validation"]["eval_accuracy"] <= 1.0
 
 
 def test_the_last_checkpoint_is_whole_unfinished_and_of_this_run(tmp_path):
@@ -288,23 +288,23 @@ def test_a_run_goes_on_from_its_last_checkpoint_in_either_stage(plain, texts, tm
 
 
 def test_a_fine_tuned_checkpoint_stays_as_it_is(plain, texts, tmp_path):
-    found = train_classifier(plain, texts, arguments_for(tmp_path / "out"), fine_tuned=True)
+    record = train_classifier(plain, texts, arguments_for(tmp_path / "out"), fine_tuned=True)
     model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out")
     for name, value in AutoModelForSequenceClassification.from_pretrained(plain).state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert not (tmp_path / "out" / "teacher").exists()
-    assert found["teacher"] == plain
+    assert record["teacher"] == plain
     again = train_classifier(str(tmp_path / "out"), texts, arguments_for(tmp_path / "again"), fine_tuned=True)
     assert again["base_model"] == str(tmp_path / "out")
 
 
 def test_both_learn_together_without_a_teacher(plain, texts, tmp_path):
-    found = train_classifier(plain, texts, arguments_for(tmp_path / "out", logging_steps=1), together=True)
+    record = train_classifier(plain, texts, arguments_for(tmp_path / "out", logging_steps=1), together=True)
     model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out")
     before = AutoModelForSequenceClassification.from_pretrained(plain)
     assert not torch.equal(model.classifier.weight, before.classifier.weight)
     assert not model.config.freeze_full
-    assert {"task_loss", "divergence"} <= found["log_history"][0].keys()
+    assert {"task_loss", "divergence"} <= record["log_history"][0].keys()
 
 
 @pytest.mark.parametrize(
@@ -318,26 +318,26 @@ def test_the_narrow_encoder_takes_twice_the_steps_or_as_many_as_reading_every_ro
         options = {"unlabelled": concatenate_datasets([texts.remove_columns("label")] * options["unlabelled"])}
     settings = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 16}
     arguments = arguments_for(tmp_path / "out", **settings, logging_steps=1, lr_scheduler_type="constant")
-    found = train_classifier(plain, texts, arguments, **options)
-    assert found["narrow"]["rows"] == rows
-    assert found["narrow"]["unlabelled"] == len(options.get("unlabelled", []))
-    assert [entry["learning_rate"] for entry in found["log_history"] if "loss" in entry] == [6e-4] * steps
-    assert found["arguments"]["learning_rate"] == arguments.learning_rate == 1e-3  # those given, and unchanged
+    record = train_classifier(plain, texts, arguments, **options)
+    assert record["narrow"]["rows"] == rows
+    assert record["narrow"]["unlabelled"] == len(options.get("unlabelled", []))
+    assert [entry["learning_rate"] for entry in record["log_history"] if "loss" in entry] == [6e-4] * steps
+    assert record["arguments"]["learning_rate"] == arguments.learning_rate == 1e-3  # those given, and unchanged
     assert BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out").narrow.steps == steps
 
 
 def test_a_number_of_steps_holds_for_both_stages_and_the_rate_of_the_narrow_encoder_can_be_set(plain, texts, tmp_path):
     arguments = arguments_for(tmp_path / "out", logging_steps=1, lr_scheduler_type="constant")
-    found = train_classifier(plain, texts, arguments, narrow_learning_rate=2e-4)
-    assert [entry["learning_rate"] for entry in found["log_history"] if "loss" in entry] == [2e-4] * 2
+    record = train_classifier(plain, texts, arguments, narrow_learning_rate=2e-4)
+    assert [entry["learning_rate"] for entry in record["log_history"] if "loss" in entry] == [2e-4] * 2
 
 
 def test_a_fine_tuned_model_is_taught_by_texts_that_nobody_labelled(plain, texts, tmp_path):
     unlabelled = texts.remove_columns("label")
     before = AutoModelForSequenceClassification.from_pretrained(plain)
     arguments = arguments_for(tmp_path / "out")
-    found = train_classifier(plain, texts.select(range(8)), arguments, fine_tuned=True, unlabelled=unlabelled)
-    assert (found["rows"], found["narrow"]["rows"], found["narrow"]["unlabelled"]) == (8, 144, 64)
+    record = train_classifier(plain, texts.select(range(8)), arguments, fine_tuned=True, unlabelled=unlabelled)
+    assert (record["rows"], record["narrow"]["rows"], record["narrow"]["unlabelled"]) == (8, 144, 64)
     model = BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out")
     for name, value in before.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -361,10 +361,10 @@ def test_what_stage_two_cannot_take_is_refused_before_anything_is_trained(plain,
 
 
 def test_the_papers_routers_are_taught_too(plain, texts, tmp_path):
-    found = train_classifier(plain, texts, arguments_for(tmp_path / "out", logging_steps=1), router="layer")
-    assert "distillation_loss" in found["log_history"][0]
-    assert found["narrow"] == {}
-    assert max(entry.get("learning_rate", 0.0) for entry in found["log_history"]) == 1e-3
+    record = train_classifier(plain, texts, arguments_for(tmp_path / "out", logging_steps=1), router="layer")
+    assert "distillation_loss" in record["log_history"][0]
+    assert record["narrow"] == {}
+    assert max(entry.get("learning_rate", 0.0) for entry in record["log_history"]) == 1e-3
     assert BudgetFormerForSequenceClassification.from_pretrained(tmp_path / "out").narrow is None
 
 

@@ -56,13 +56,13 @@ def router_of(**fields):
 
 def counts_of(budgets, heads, carry=0.5):
     """Open heads of each layer of one input whose layers have these budgets."""
-    carry, found = torch.tensor([carry]), []
+    carry, counts = torch.tensor([carry]), []
     for budget in budgets:
         count, carry = count_open(torch.tensor([budget]), carry, heads)
         assert count.dtype == torch.int64
         assert 0.0 <= carry.item() <= 1.0
-        found.append(count.item())
-    return found
+        counts.append(count.item())
+    return counts
 
 
 @given(budgets=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12), heads=st.integers(1, 16))
@@ -74,8 +74,8 @@ def test_open_heads_are_at_least_one_and_at_most_all(budgets, heads):
 @given(data=st.data(), heads=st.integers(2, 16), carry=st.floats(0.0, 0.99))
 def test_the_heads_of_all_layers_are_what_their_budgets_say_together(data, heads, carry):
     budgets = data.draw(st.lists(st.floats(1.0 / heads, 1.0), min_size=1, max_size=12))
-    asked, opened = sum(budgets) * heads, counts_of(budgets, heads, carry)
-    assert abs(sum(opened) - asked - carry + 0.5) <= 0.5 + 2e-3
+    total, opened = sum(budgets) * heads, counts_of(budgets, heads, carry)
+    assert abs(sum(opened) - total - carry + 0.5) <= 0.5 + 2e-3
     assert all(abs(count - budget * heads) < 1.0 + 2e-3 for count, budget in zip(opened, budgets, strict=True))
 
 
@@ -158,13 +158,13 @@ def test_a_fresh_router_spends_what_is_asked_and_scores_near_zero():
     config = config_of(need_scale=0.0)
     router = HeadRouter(config)
     initialise = budgetformer("bert", router="layer").base_model.encoder._init_weights
-    own = OwnBudget(config)
-    for module in [*router.modules(), own]:
+    own_budget = OwnBudget(config)
+    for module in [*router.modules(), own_budget]:
         initialise(module)
-    asked = torch.tensor([0.3, 0.4, 0.9])
-    budget = router(torch.randn(3, 16), budget_to_logit(asked, 1 / 4), torch.rand(3)).budget
-    torch.testing.assert_close(budget, asked)
-    torch.testing.assert_close(own(), budget_to_logit(torch.tensor([config.target_budget]), 1 / 4))
+    budgets = torch.tensor([0.3, 0.4, 0.9])
+    budget = router(torch.randn(3, 16), budget_to_logit(budgets, 1 / 4), torch.rand(3)).budget
+    torch.testing.assert_close(budget, budgets)
+    torch.testing.assert_close(own_budget(), budget_to_logit(torch.tensor([config.target_budget]), 1 / 4))
 
 
 def test_inputs_that_need_more_are_given_more_and_none_can_run_away():
@@ -269,8 +269,8 @@ def test_weight_decay_does_not_touch_the_own_budget(tmp_path):
 
 
 def test_the_own_budget_keeps_a_finite_logit_at_its_extremes():
-    own = OwnBudget(config_of(target_budget=1.0))
-    assert math.isfinite(own.initial)
+    own_budget = OwnBudget(config_of(target_budget=1.0))
+    assert math.isfinite(own_budget.initial)
 
 
 # Exploration
@@ -325,8 +325,8 @@ def test_divergence_from_a_teacher_is_that_of_torch():
     several = distribution.kl_divergence(
         distribution.Bernoulli(logits=teacher), distribution.Bernoulli(logits=logits)
     ).sum(-1)
-    found = teacher_divergence(logits, teacher, "multi_label_classification")
-    torch.testing.assert_close(found, several, rtol=1e-4, atol=1e-6)
+    divergence = teacher_divergence(logits, teacher, "multi_label_classification")
+    torch.testing.assert_close(divergence, several, rtol=1e-4, atol=1e-6)
     squares = (logits - teacher).square().mean(-1)
     torch.testing.assert_close(teacher_divergence(logits, teacher, "regression"), squares)
     assert teacher_divergence(teacher, teacher, "").abs().max() == 0.0
@@ -436,8 +436,8 @@ def test_the_packed_model_equals_the_masked_one(backbone_type, side, budget, gat
     model = budgetformer(backbone_type, router="layer", gate_type=gate_type)
     batch = batch_of([9, LONGEST, 12, 1, 9], backbone_type, side)
     budget = torch.tensor([0.3, 0.9, 1.0, 0.25, 0.6]) if budget == "own" else budget
-    asked = {**batch, "budget": budget, "output_head_gates": True}
-    expected, got = model(**asked, executor="masked"), model(**asked)
+    inputs = {**batch, "budget": budget, "output_head_gates": True}
+    expected, got = model(**inputs, executor="masked"), model(**inputs)
     torch.testing.assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(got.head_gates, expected.head_gates)
     torch.testing.assert_close(got.budget, got.head_gates.mean((1, 2)))
@@ -478,23 +478,23 @@ def test_every_parameter_gets_a_gradient_whether_a_budget_was_requested_or_not(b
 def test_the_routers_terms_are_trained_once_whoever_computes_the_loss(backbone_type, outside):
     model = budgetformer(backbone_type, router="layer", need_scale=0.0).train()
     batch, labels = batch_of([7, 12, 1, 4], backbone_type), torch.tensor([0, 1, 2, 0])
-    found = []
-    for own in (True, False):
+    gradients = []
+    for reference in (True, False):
         model.zero_grad()
         torch.manual_seed(0)
         outputs = model(**batch, labels=labels)
-        if own or not outside:
+        if reference or not outside:
             outputs.loss.backward()
         else:
             torch.nn.functional.cross_entropy(outputs.logits, labels).backward()
-        found.append(model.base_model.encoder.own_budget.bias.grad.clone())
-    assert found[0].abs() > 0
-    torch.testing.assert_close(found[1], found[0])
+        gradients.append(model.base_model.encoder.own_budget.bias.grad.clone())
+    assert gradients[0].abs() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_a_plain_call_asks_for_what_the_configuration_says(backbone_type):
     model, batch = budgetformer(backbone_type, router="layer"), batch_of([7, 12, 1, 4], backbone_type)
-    asked = model(**batch, budget=0.5)
+    outputs = model(**batch, budget=0.5)
     model.config.looks = [0.5]
-    assert torch.equal(model(**batch).logits, asked.logits)
+    assert torch.equal(model(**batch).logits, outputs.logits)
     assert model(**batch).head_gates is None

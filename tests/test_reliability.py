@@ -177,9 +177,9 @@ def test_a_tuning_that_is_killed_leaves_a_configuration_of_before_or_after(check
             assert left["config.json"] in (before["config.json"], after["config.json"])
             assert without_times(left.get(result, after[result])) == without_times(after[result])
             assert run_and_kill(lambda folder=folder: work(folder))
-        found = files_of(folder)
-        assert without_times(found.pop(result)) == without_times(after[result])
-        assert found == {name: content for name, content in after.items() if name != result}
+        files = files_of(folder)
+        assert without_times(files.pop(result)) == without_times(after[result])
+        assert files == {name: content for name, content in after.items() if name != result}
         shutil.rmtree(folder)
 
 
@@ -208,9 +208,9 @@ def test_a_training_that_is_killed_goes_on_to_the_same_weights(tmp_path, tokeniz
                 break
             resumed += last_checkpoint(folder) is not None or last_checkpoint(folder / "teacher") is not None
         assert run_and_kill(lambda folder=folder: work(folder))
-        found = files_of(folder)
+        files = files_of(folder)
         for name in names:
-            assert found[name] == whole[name].replace(str(tmp_path / "whole").encode(), str(folder).encode()), name
+            assert files[name] == whole[name].replace(str(tmp_path / "whole").encode(), str(folder).encode()), name
         shutil.rmtree(folder)
     assert resumed > 5
 

@@ -35,8 +35,8 @@ def test_tensorboard_gets_every_part(router, parts, tokenizer, tokenized, tmp_pa
     written = accumulator.EventAccumulator(str(events)).Reload()
     assert {f"train/{name}" for name in parts} <= set(written.Tags()["scalars"])
     for name in parts:
-        found = {event.step: event.value for event in written.Scalars(f"train/{name}")}
-        assert found == pytest.approx({step: entry[name] for step, entry in logged.items()}, rel=1e-5)
+        values = {event.step: event.value for event in written.Scalars(f"train/{name}")}
+        assert values == pytest.approx({step: entry[name] for step, entry in logged.items()}, rel=1e-5)
 
 
 @PARTS

@@ -51,22 +51,22 @@ def rank_by_hand(model, tokenizer, passages, keep, budgets=BUDGETS):
 @pytest.mark.parametrize("keep", [0, 1, 3, len(PASSAGES), 100])
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_ranks_as_by_hand(keep, batch_size, model, tokenizer):
-    found = rank(model, tokenizer, QUERY, PASSAGES, budgets=BUDGETS, keep=keep, batch_size=batch_size)
+    hits = rank(model, tokenizer, QUERY, PASSAGES, budgets=BUDGETS, keep=keep, batch_size=batch_size)
     expected = rank_by_hand(model, tokenizer, PASSAGES, keep)
-    assert [hit["corpus_id"] for hit in found] == [number for number, _ in expected]
-    np.testing.assert_allclose([hit["score"] for hit in found], [score for _, score in expected], atol=1e-5)
+    assert [hit["corpus_id"] for hit in hits] == [number for number, _ in expected]
+    np.testing.assert_allclose([hit["score"] for hit in hits], [score for _, score in expected], atol=1e-5)
     first = 0.0 if keep >= len(PASSAGES) else model.narrow.order.look(1 / 6).cost
     spent = [first + (place < keep) for place in range(len(PASSAGES))]
-    assert [hit["spent"] for hit in found] == pytest.approx(spent)
+    assert [hit["spent"] for hit in hits] == pytest.approx(spent)
 
 
 def test_budgets_of_the_narrow_encoder_alone(model, tokenizer):
-    found = rank(model, tokenizer, QUERY, PASSAGES, budgets=(1 / 12, 1 / 4), keep=2)
-    assert [hit["corpus_id"] for hit in found] == [
+    hits = rank(model, tokenizer, QUERY, PASSAGES, budgets=(1 / 12, 1 / 4), keep=2)
+    assert [hit["corpus_id"] for hit in hits] == [
         x for x, _ in rank_by_hand(model, tokenizer, PASSAGES, 2, (1 / 12, 1 / 4))
     ]
     cost = model.narrow.order.look
-    assert found[0]["spent"] == pytest.approx(cost(1 / 12).cost + cost(1 / 4).cost)
+    assert hits[0]["spent"] == pytest.approx(cost(1 / 12).cost + cost(1 / 4).cost)
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 2), (0.3, 3), (1.0, 8)])
@@ -75,8 +75,8 @@ def test_a_share_is_rounded_up(share, count, model, tokenizer):
 
 
 def test_a_share_of_hundreds_is_what_it_says(model, tokenizer):
-    found = rank(model, tokenizer, QUERY, ["w1"] * 100, keep=0.07)
-    assert sum(hit["spent"] > 1 for hit in found) == 7
+    hits = rank(model, tokenizer, QUERY, ["w1"] * 100, keep=0.07)
+    assert sum(hit["spent"] > 1 for hit in hits) == 7
 
 
 def test_equal_scores_stay_in_order(model, tokenizer):
@@ -248,12 +248,12 @@ def test_tunes_to_what_choosing_from_scores_asked_by_hand_gives(model, tokenizer
         )
         losses[number, : len(given) + 1] = ranking_losses(first, last, top_k=1)
     keep, bound = choose_keep(losses, "changed", 0.5)
-    found = tune_ranking(model, tokenizer, queries, passages, changed=0.5, top_k=1)
-    assert (found.keep, found.bound) == (keep, pytest.approx(bound))
+    tuning = tune_ranking(model, tokenizer, queries, passages, changed=0.5, top_k=1)
+    assert (tuning.keep, tuning.bound) == (keep, pytest.approx(bound))
     assert 0 < keep < 5
-    assert found.lost == pytest.approx(losses[:, keep].mean())
-    assert f"again at the best {keep} at 1" in str(found)
-    assert "changes the full model's best 1 for at most 50% of queries like the 40" in str(found)
+    assert tuning.lost == pytest.approx(losses[:, keep].mean())
+    assert f"again at the best {keep} at 1" in str(tuning)
+    assert "changes the full model's best 1 for at most 50% of queries like the 40" in str(tuning)
 
 
 def test_what_was_tuned_is_stored_and_used(tokenizer, searches, tmp_path):
@@ -263,21 +263,21 @@ def test_what_was_tuned_is_stored_and_used(tokenizer, searches, tmp_path):
     assert model.config.ranking is None
     relevant = [{0}] * len(queries)
     budgets = (1 / 12, 1.0)
-    found = tune_ranking(model, tokenizer, queries, passages, relevant, lost_ndcg=0.4, budgets=budgets)
-    assert isinstance(found, RankingTuning)
-    assert model.config.ranking["keep"] == found.keep
+    tuning = tune_ranking(model, tokenizer, queries, passages, relevant, lost_ndcg=0.4, budgets=budgets)
+    assert isinstance(tuning, RankingTuning)
+    assert model.config.ranking["keep"] == tuning.keep
     model.save_pretrained(tmp_path)
     loaded = BudgetFormerForSequenceClassification.from_pretrained(tmp_path)
-    expected = rank(model, tokenizer, QUERY, PASSAGES, budgets=budgets, keep=found.keep)
+    expected = rank(model, tokenizer, QUERY, PASSAGES, budgets=budgets, keep=tuning.keep)
     assert rank(loaded, tokenizer, QUERY, PASSAGES) == expected
 
 
 def test_where_two_stages_save_nothing_the_full_model_looks_at_all(tokenizer, searches):
     queries, passages = searches
     model = budgetformer("bert", num_labels=1)
-    found = tune_ranking(model, tokenizer, queries, passages, changed=0.08, top_k=10)
-    assert (found.keep, found.work, found.lost) == (1.0, 1.0, 0.0)
-    assert "No ranking in two stages" in str(found)
+    tuning = tune_ranking(model, tokenizer, queries, passages, changed=0.08, top_k=10)
+    assert (tuning.keep, tuning.work, tuning.lost) == (1.0, 1.0, 0.0)
+    assert "No ranking in two stages" in str(tuning)
     hits = rank(model, tokenizer, QUERY, PASSAGES)
     assert all(hit["spent"] == 1.0 for hit in hits)
 

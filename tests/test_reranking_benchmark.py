@@ -124,9 +124,9 @@ def test_embeddings_are_compared_and_reported(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     target = tmp_path / "results" / "embedding.json"
     embedding.main(["--settings", str(tmp_path / "settings.json"), "--output", str(target), "--threads", "1"])
-    found = json.loads(target.read_text())
-    assert (found["data"]["trained"], found["data"]["compared"]) == (40, 20)
-    assert all(-1.0 <= value < 1.0 for value in found["spearman"].values())
+    result = json.loads(target.read_text())
+    assert (result["data"]["trained"], result["data"]["compared"]) == (40, 20)
+    assert all(-1.0 <= value < 1.0 for value in result["spearman"].values())
     page = report.write_report(tmp_path / "results", tmp_path / "report").read_text()
     assert "## Tiny embeddings" in page
     assert "| Embeddings at a half" in page

@@ -61,8 +61,8 @@ def ask(model, tokenizer, texts, pairs=None, batch_size=7, budget=None):
     """Logits and what was spent, by torch."""
     columns = {"text": texts} if pairs is None else {"text": texts, "text_pair": pairs}
     logits, spent = torch.zeros(len(texts), model.num_labels), torch.zeros(len(texts))
-    for found in answer_rows(model, tokenized(columns, tokenizer), tokenizer, batch_size, budget):
-        logits[found.places], spent[found.places] = found.logits, found.spent
+    for answer in answer_rows(model, tokenized(columns, tokenizer), tokenizer, batch_size, budget):
+        logits[answer.places], spent[answer.places] = answer.logits, answer.spent
     return logits, spent
 
 
@@ -242,12 +242,12 @@ def serve(python, environment, folder, texts):
     return json.loads(ran.stdout)
 
 
-def check_served(found, folder_of_bert, tokenizer, texts):
+def check_served(report, folder_of_bert, tokenizer, texts):
     logits, spent = ask(folder_of_bert[0], tokenizer, texts)
-    np.testing.assert_allclose(found["logits"], logits, rtol=1e-4, atol=1e-4)
-    assert found["spent"] == spent.tolist()
-    assert not {"torch", "transformers", "datasets"} & set(found["modules"])
-    missing, unknown = found["refusals"]
+    np.testing.assert_allclose(report["logits"], logits, rtol=1e-4, atol=1e-4)
+    assert report["spent"] == spent.tolist()
+    assert not {"torch", "transformers", "datasets"} & set(report["modules"])
+    missing, unknown = report["refusals"]
     assert missing.startswith("ImportError: hf_budgetformer.BudgetFormerConfig needs torch and transformers: pip inst")
     assert unknown.startswith("AttributeError")
 
@@ -263,8 +263,8 @@ def test_serving_imports_neither_torch_nor_transformers(folder_of_bert, tokenize
 def test_an_environment_without_torch_serves(folder_of_bert, tokenizer, some_texts, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
-    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.strip())
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
     for name in ("numpy", "tokenizers", "onnxruntime"):
         installed = importlib.metadata.distribution(name)
         for top in {path.parts[0] for path in installed.files} - {".."}:
@@ -309,15 +309,15 @@ def modest(tokenizer, texts):
 
 def test_int8_graphs_are_calibrated_anew(traced_before, tokenizer, texts, tmp_path):
     model, rows = modest(tokenizer, texts), as_rows(texts)
-    found = export_looks(model, tokenizer, tmp_path / "served", dtype="int8", calibration=rows)
+    result = export_looks(model, tokenizer, tmp_path / "served", dtype="int8", calibration=rows)
     looks = read_looks(tmp_path / "served" / "onnx" / "looks.json")
-    assert looks == found.looks
+    assert looks == result.looks
     assert looks.graphs == ["look_1_quantized.onnx", "model_quantized.onnx"]
     assert (tmp_path / "served" / "onnx" / looks.graphs[0]).read_bytes().count(b"MatMulInteger") > 0
     assert 0.8 < min(looks.agreement) <= max(looks.agreement) <= 1.0
     assert looks.thresholds != model.config.confidence
     check_promise(looks, model, tokenizer, OnnxClassifier(tmp_path / "served"), list(rows["text"]))
-    assert "labelled as in float32" in str(found)
+    assert "labelled as in float32" in str(result)
 
 
 def test_a_full_model_that_int8_changes_too_much_stays_in_float32(
@@ -331,9 +331,9 @@ def test_a_full_model_that_int8_changes_too_much_stays_in_float32(
 
     monkeypatch.setattr("hf_budgetformer.tools.looks_export.convert_onnx", convert)
     model.config.promise["level"] = 0.25
-    found = export_looks(model, tokenizer, tmp_path / "served", dtype="int8", calibration=rows)
-    assert found.looks.graphs == ["look_1_quantized.onnx", "model.onnx"]
-    assert found.looks.agreement[-1] == 1.0
+    result = export_looks(model, tokenizer, tmp_path / "served", dtype="int8", calibration=rows)
+    assert result.looks.graphs == ["look_1_quantized.onnx", "model.onnx"]
+    assert result.looks.agreement[-1] == 1.0
     answers = OnnxClassifier(tmp_path / "served")(list(rows["text"]))
     full = ask(model, tokenizer, list(rows["text"]), budget=1.0)[0].argmax(-1).numpy()
     assert (answers.logits.argmax(-1) != full).mean() <= 0.25
@@ -383,10 +383,10 @@ def test_a_graph_of_another_exporter_is_taken_if_it_answers_as_the_full_model(
     graph.doc_string = "theirs"
     onnx.save(graph, theirs)
     before = theirs.read_bytes()
-    found = export_looks(model, tokenizer, tmp_path / "served")
-    assert found.taken
+    result = export_looks(model, tokenizer, tmp_path / "served")
+    assert result.taken
     assert theirs.read_bytes() == before
-    assert "it was there already" in str(found)
+    assert "it was there already" in str(result)
     assert OnnxClassifier(tmp_path / "served")(["w1"]).labels.shape == (1,)
     shutil.copyfile(folder / "onnx" / "look_1.onnx", theirs)
     with pytest.raises(ValueError, match=r"folder must not hold graphs of other exporters .*model.onnx"):
@@ -493,8 +493,8 @@ def try_out(place):
     try:
         classifier = OnnxClassifier(place)
     except ExportError as error:
-        told = str(error)
-        return told if place.name in told else "no file is named"
+        message = str(error)
+        return message if place.name in message else "no file is named"
     assert classifier(["w1 w2"]).spent.shape == (1,)
     return ""
 
@@ -511,11 +511,11 @@ def test_whatever_looks_json_holds_it_loads_or_names_itself(folder_of_bert, tmp_
             if wrong == "missing":
                 del values[name]
             path.write_text(json.dumps(values))
-            told = try_out(place)
-            refused += bool(told)
-            assert told != "no file is named"
-            assert len(told) < 1000
-            assert told or name in harmless or values[name] == sound[name]
+            message = try_out(place)
+            refused += bool(message)
+            assert message != "no file is named"
+            assert len(message) < 1000
+            assert message or name in harmless or values[name] == sound[name]
     assert refused > 0.8 * len(sound) * len(WRONG)
     for text in ("", "[" * 100_000, "null", "1" * 10_000, "{", '{"version": 1}', "[]"):
         path.write_text(text)

@@ -58,9 +58,9 @@ def encoder(folder, **options):
 
 
 @torch.no_grad()
-def scores_of(model, tokenizer, **asked):
+def scores_of(model, tokenizer, **options):
     batch = tokenizer([list(pair) for pair in PAIRS], padding=True, return_tensors="pt")
-    return model(**batch, **asked).logits[:, 0].sigmoid().numpy()
+    return model(**batch, **options).logits[:, 0].sigmoid().numpy()
 
 
 def test_a_reranker_scores_and_ranks_as_the_stock_one_does(folders):
@@ -68,8 +68,8 @@ def test_a_reranker_scores_and_ranks_as_the_stock_one_does(folders):
     assert type(ours[0].model) is BudgetFormerForSequenceClassification
     np.testing.assert_allclose(ours.predict(PAIRS), stock.predict(PAIRS), atol=1e-6)
     passages = [passage for _, passage in PAIRS]
-    expected, found = stock.rank("w3 w1", passages), ours.rank("w3 w1", passages)
-    assert [row["corpus_id"] for row in found] == [row["corpus_id"] for row in expected]
+    expected, ranking = stock.rank("w3 w1", passages), ours.rank("w3 w1", passages)
+    assert [row["corpus_id"] for row in ranking] == [row["corpus_id"] for row in expected]
 
 
 def test_a_reranker_spends_the_budget_of_its_looks(folders, tokenizer, tmp_path):
@@ -237,10 +237,10 @@ def test_a_process_encodes_as_this_one(folders):
     model.module_kwargs = {"0": ["budget"]}
     pool = model.start_multi_process_pool(["cpu"])
     try:
-        found = model.encode(TEXTS, pool=pool, budget=0.25)
+        embeddings = model.encode(TEXTS, pool=pool, budget=0.25)
     finally:
         model.stop_multi_process_pool(pool)
-    np.testing.assert_allclose(found, model.encode(TEXTS, budget=0.25), atol=1e-6)
+    np.testing.assert_allclose(embeddings, model.encode(TEXTS, budget=0.25), atol=1e-6)
 
 
 @pytest.mark.slow
@@ -261,5 +261,5 @@ def test_folders_serve_where_the_package_is_not_installed(pool, folders, tmp_pat
     assert [row["corpus_id"] for row in report["ranking"]] == [
         row["corpus_id"] for row in scorer.rank(PAIRS[0][0], [passage for _, passage in PAIRS])
     ]
-    for name, asked in (("full", {}), ("narrow", {"budget": 0.25})):
-        torch.testing.assert_close(report[name], torch.from_numpy(ours.encode(TEXTS, **asked)), rtol=0, atol=1e-5)
+    for name, options in (("full", {}), ("narrow", {"budget": 0.25})):
+        torch.testing.assert_close(report[name], torch.from_numpy(ours.encode(TEXTS, **options)), rtol=0, atol=1e-5)

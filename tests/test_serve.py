@@ -93,15 +93,15 @@ def test_budgets_mix_in_one_batch_and_each_is_answered_as_if_alone(start, texts,
     questions.append({"text": "w1", "text_pair": "w2 w3"})
     got = answer(api, *questions)
     spent = set()
-    for question, found in zip(questions, got, strict=True):
+    for question, reply in zip(questions, got, strict=True):
         inputs = tokenizer(question["text"], question.get("text_pair"), truncation=True, return_tensors="pt")
         with torch.no_grad():
             expected = api.model(**inputs, budget=question.get("budget"))
         score, label = expected.logits[0].softmax(-1).max(-1)
-        assert found["label"] == f"LABEL_{label}"
-        assert found["score"] == pytest.approx(score.item(), abs=1e-5)
-        assert found["budget"] == pytest.approx(expected.budget.item())
-        spent.add(round(found["budget"], 3))
+        assert reply["label"] == f"LABEL_{label}"
+        assert reply["score"] == pytest.approx(score.item(), abs=1e-5)
+        assert reply["budget"] == pytest.approx(expected.budget.item())
+        spent.add(round(reply["budget"], 3))
     assert len(spent) > 2
 
 
@@ -124,10 +124,10 @@ def test_a_batch_is_read_at_most_once_by_each_way_to_ask(start, monkeypatch):
     api.model.config.confidence = [1.0]
     calls = calls_of(api, monkeypatch)
     answer(api, *({"text": text, "budget": budget} for text in TEXTS for budget in (None, 0.25, 1.0)))
-    first, second, (asked, _) = calls
+    first, second, (budgets, _) = calls
     assert first == (api.model.narrow.order.look(0.125).cost, 4)
     assert second == (1.0, 4)
-    assert asked.tolist() == [0.25, 1.0] * 4
+    assert budgets.tolist() == [0.25, 1.0] * 4
 
 
 def test_a_plain_call_that_looks_once_is_the_models_own(start, monkeypatch):
@@ -145,27 +145,30 @@ def test_what_the_model_cannot_read_is_cut(start):
 
 def own_levels(api, *shares):
     """The model's own threshold, and those that doubt so many times as many of its first looks."""
-    [own] = api.model.config.confidence
-    return [promises.Level(0.01, own), *(promises.Level(0.01 + share, own * (1 - share)) for share in shares)]
+    [threshold] = api.model.config.confidence
+    return [
+        promises.Level(0.01, threshold),
+        *(promises.Level(0.01 + share, threshold * (1 - share)) for share in shares),
+    ]
 
 
 def test_fewer_questions_go_on_while_requests_wait_and_each_answer_tells_its_promise(start, texts):
     api = start(max_batch=16)
     api.levels = own_levels(api, 0.3, 1.0)
     questions = [{"text": text} for text in texts["text"][:16]]
-    doubted, told = [], []
+    doubted, promised = [], []
     for waiting in (0, 7, 8, 15, 16, 1000, 0):
         api.waiting = waiting
-        found = answer(api, *questions)
-        doubted.append(sum(isinstance(x, serve.Pending) or x["looks"] > 1 for x in found))
-        [promise] = {x["promise"] for x in found if isinstance(x, dict)}
-        told.append(promise)
-    assert told == [0.01, 0.01, 0.31, 0.31, 1.01, 1.01, 0.01]
+        answers = answer(api, *questions)
+        doubted.append(sum(isinstance(x, serve.Pending) or x["looks"] > 1 for x in answers))
+        [promise] = {x["promise"] for x in answers if isinstance(x, dict)}
+        promised.append(promise)
+    assert promised == [0.01, 0.01, 0.31, 0.31, 1.01, 1.01, 0.01]
     assert doubted[0] == doubted[1] > doubted[2] == doubted[3] > doubted[4] == doubted[5] == 0
     assert doubted[6] == doubted[0]
     api.waiting = 1000
-    [asked] = answer(api, {"text": "w1", "budget": 1.0})
-    assert (asked["budget"], asked["promise"], asked["looks"]) == (1.0, None, None), "who asks for a budget gets it"
+    [reply] = answer(api, {"text": "w1", "budget": 1.0})
+    assert (reply["budget"], reply["promise"], reply["looks"]) == (1.0, None, None), "who asks for a budget gets it"
 
 
 def test_a_question_keeps_the_promise_of_its_first_look(start):
@@ -179,8 +182,8 @@ def test_a_question_keeps_the_promise_of_its_first_look(start):
     assert held == doubted
     assert (sure["looks"], sure["promise"]) == (1, 0.1)
     api.waiting = 0
-    [found] = api.predict(api.batch([held]))
-    assert (found["looks"], found["promise"]) == (2, 0.01)
+    [reply] = api.predict(api.batch([held]))
+    assert (reply["looks"], reply["promise"]) == (2, 0.01)
 
 
 @pytest.mark.parametrize(("risk", "promised"), [("disagreement", 0.2), ("mean_budget", None)])
@@ -189,11 +192,11 @@ def test_without_load_it_is_the_checkpoints_own_promise_while_its_looks_are_thos
     config = api.model.config
     kept = {"looks": list(config.looks), "thresholds": list(config.confidence), "level": 0.2, "risk": risk}
     config.promise = {**kept, "confidence": 0.95, "rows": 64, "bound": 0.1, "lost": 0.0, "doubted": 32}
-    [found] = answer(api, {"text": "w1 w2"})
-    assert found["promise"] == promised
+    [reply] = answer(api, {"text": "w1 w2"})
+    assert reply["promise"] == promised
     config.confidence = [0.5 * config.confidence[0]]
-    [found] = answer(api, {"text": "w1 w2"})
-    assert found["promise"] is None
+    [reply] = answer(api, {"text": "w1 w2"})
+    assert reply["promise"] is None
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +229,7 @@ def test_looser_promises_are_calibrated_on_rows_and_kept_beside_the_checkpoint(p
 
 def test_promises_that_do_not_fit_are_refused(promising, folder, tmp_path, capsys):
     config = serve.check(str(promising))
-    own = config.promise
+    promise = config.promise
 
     def unread(content):
         (tmp_path / "promises.json").write_text(content)
@@ -234,14 +237,14 @@ def test_promises_that_do_not_fit_are_refused(promising, folder, tmp_path, capsy
             promises.read_promises(tmp_path / "promises.json", config)
         return str(error.value)
 
-    looser = {**own, "level": 0.5, "thresholds": [0.5 * own["thresholds"][0]]}
+    looser = {**promise, "level": 0.5, "thresholds": [0.5 * promise["thresholds"][0]]}
     for broken in ("{", "[]", "{}", '{"promises": [1]}', '{"promises": [{"level": "x", "thresholds": []}]}'):
         assert "must hold promises" in unread(broken)
-    assert "must be of the checkpoint's own promise" in unread(json.dumps({"promises": [own]}))
-    changed = {**own, "doubted": own["doubted"] + 1}
+    assert "must be of the checkpoint's own promise" in unread(json.dumps({"promises": [promise]}))
+    changed = {**promise, "doubted": promise["doubted"] + 1}
     assert "must be of the checkpoint's own promise" in unread(json.dumps({"promises": [changed, looser]}))
     stricter = {**looser, "thresholds": [1.0]}
-    assert "falling thresholds" in unread(json.dumps({"promises": [own, stricter]}))
+    assert "falling thresholds" in unread(json.dumps({"promises": [promise, stricter]}))
 
     def refused(*arguments):
         with pytest.raises(SystemExit):
@@ -291,8 +294,8 @@ def test_the_loop_takes_full_batches_and_tells_what_waits(start, monkeypatch):
     assert sizes == [4, 4, 2]
     assert noticed == [6, 2, 0]
     assert [(consumer, uid) for consumer, (uid, _) in answers.sent] == [(n % 2, f"id {n}") for n in range(10)]
-    for _, (_, (found, status, *_)) in answers.sent:
-        assert found.keys() == {"label", "score", "budget", "looks", "promise"}
+    for _, (_, (reply, status, *_)) in answers.sent:
+        assert reply.keys() == {"label", "score", "budget", "looks", "promise"}
         assert status == "OK"
 
 
@@ -305,7 +308,7 @@ def test_a_question_that_waited_too_long_is_given_up_and_others_are_not(start):
         serve.QueueLoop().run_batched_loop(api, waiting, answers, CallbackRunner())
     statuses = {uid: status for _, (uid, (_, status, *_)) in answers.sent}
     assert statuses == {0: "OK", 1: "ERROR", 2: "OK"}
-    [late] = [found for _, (uid, (found, *_)) in answers.sent if uid == 1]
+    [late] = [reply for _, (uid, (reply, *_)) in answers.sent if uid == 1]
     assert pickle.loads(pickle.dumps(late)).status_code == 504, "it goes to another process"
 
 
@@ -318,7 +321,7 @@ def run_loop(api, questions):
     with pytest.raises(SystemExit):
         loop.run_batched_loop(api, waiting, answers, CallbackRunner())
     assert loop.carried == []
-    return {uid: (status, found) for _, (uid, (found, status, *_)) in answers.sent}, [x[1][0] for x in answers.sent]
+    return {uid: (status, reply) for _, (uid, (reply, status, *_)) in answers.sent}, [x[1][0] for x in answers.sent]
 
 
 @pytest.mark.parametrize("looks", [2, 3])
@@ -338,12 +341,12 @@ def test_doubted_questions_of_many_batches_share_full_batches_and_each_is_answer
         with torch.no_grad():
             expected.append(api.model(**tokenizer(question["text"], return_tensors="pt"), budget=question["budget"]))
     calls = calls_of(api, monkeypatch)
-    found, order = run_loop(api, questions)
+    replies, order = run_loop(api, questions)
     assert sorted(order) == list(range(64))
     assert order != sorted(order), "sure answers do not wait for doubted ones"
     for number, out in enumerate(expected):
         score, label = out.logits[0].softmax(-1).max(-1)
-        status, answer = found[number]
+        status, answer = replies[number]
         assert (status, answer["label"]) == ("OK", f"LABEL_{label}")
         assert answer["score"] == pytest.approx(score.item(), abs=1e-5)
         assert answer["budget"] == pytest.approx(out.budget.item())
@@ -372,8 +375,8 @@ def test_a_doubted_question_waits_only_while_others_do_and_not_for_long(start, m
     now[0] = 100.4
     assert api.predict(api.batch([api.decode_request(waits)])) == [waits]
     now[0] = 100.6
-    [found] = api.predict(api.batch([waits]))
-    assert found == {**alone, "score": pytest.approx(alone["score"]), "budget": pytest.approx(alone["budget"])}
+    [reply] = api.predict(api.batch([waits]))
+    assert reply == {**alone, "score": pytest.approx(alone["score"]), "budget": pytest.approx(alone["budget"])}
 
 
 def test_the_loop_takes_what_it_carried_over_when_nothing_else_comes(start):
@@ -390,12 +393,12 @@ def test_the_loop_takes_what_it_carried_over_when_nothing_else_comes(start):
 def test_a_call_that_fails_is_told_to_those_it_was_for_and_to_nobody_twice(start, texts, monkeypatch, failing):
     api = start(max_wait=60.0)
     calls = calls_of(api, monkeypatch, fails=[failing])
-    found, order = run_loop(api, [{"text": text} for text in texts["text"]])
+    replies, order = run_loop(api, [{"text": text} for text in texts["text"]])
     assert len(calls) > 12
     assert sorted(order) == list(range(64))
-    failed = [number for number, (status, _) in found.items() if status == "ERROR"]
+    failed = [number for number, (status, _) in replies.items() if status == "ERROR"]
     assert 4 <= len(failed) <= 7  # a batch, and those that it was to take along
-    assert all(status == "OK" for number, (status, _) in found.items() if number not in failed)
+    assert all(status == "OK" for number, (status, _) in replies.items() if number not in failed)
 
 
 GOOD = '{"text": "w1"}'
@@ -496,13 +499,13 @@ def test_one_request_too_many_is_refused_until_another_is_answered():
         assert app.gate.waiting == 0
         return read_metrics(app.metrics.show().body.decode())
 
-    found = asyncio.run(scenario())
-    statuses = {name[-5:-2]: value for name, value in found.items() if name.startswith("budgetformer_requests_total")}
+    values = asyncio.run(scenario())
+    statuses = {name[-5:-2]: value for name, value in values.items() if name.startswith("budgetformer_requests_total")}
     assert statuses == {"200": 2, "500": 1, "503": 1}
-    assert found['budgetformer_answers_total{looks="2",promise="0.01"}'] == 2
-    assert found["budgetformer_latency_seconds_count"] == 2
-    assert found["budgetformer_doubted_share"] == 1.0
-    assert found["budgetformer_waiting"] == 0
+    assert values['budgetformer_answers_total{looks="2",promise="0.01"}'] == 2
+    assert values["budgetformer_latency_seconds_count"] == 2
+    assert values["budgetformer_doubted_share"] == 1.0
+    assert values["budgetformer_waiting"] == 0
 
 
 def test_a_request_that_does_not_arrive_makes_room():
@@ -520,9 +523,9 @@ def test_the_share_of_the_doubted_is_of_recent_plain_calls():
     metrics = serve.Metrics()
     for looks in [1, None, 2, 1, None, 1]:
         metrics.count(200, json.dumps({"looks": looks, "promise": None}).encode(), 0.01)
-    found = read_metrics(metrics.show().body.decode())
-    assert found["budgetformer_doubted_share"] == 0.25
-    assert found['budgetformer_answers_total{looks="None",promise="None"}'] == 2
+    values = read_metrics(metrics.show().body.decode())
+    assert values["budgetformer_doubted_share"] == 0.25
+    assert values['budgetformer_answers_total{looks="None",promise="None"}'] == 2
     for _ in range(serve.RECENT):
         metrics.count(200, b'{"looks": 1, "promise": null}', 0.01)
     assert read_metrics(metrics.show().body.decode())["budgetformer_doubted_share"] == 0.0
@@ -662,11 +665,11 @@ def metrics_of(port):
 def test_what_was_asked_before_the_server_is_stopped_is_answered(folder, number, tell):
     with running_server(str(folder), "--max-wait-ms", "1000") as port, ThreadPoolExecutor(1) as clients:
         group = group_of(port)
-        asked = clients.submit(post, port, GOOD)  # waits a second for others
+        future = clients.submit(post, port, GOOD)  # waits a second for others
         while not metrics_of(port)["budgetformer_waiting"]:
-            assert not asked.done()
+            assert not future.done()
         tell(group, number)
-        assert asked.result()[0] == 200
+        assert future.result()[0] == 200
         end = time.monotonic() + 30
         while living(group) and time.monotonic() < end:
             time.sleep(0.1)
@@ -679,11 +682,11 @@ def test_under_load_answers_tell_looser_promises(promising, texts):
     options = ("--load-aware", "--max-batch", "2", "--loosen-at", "2")
     with running_server(str(promising), *options) as port, ThreadPoolExecutor(12) as clients:
         assert post(port, GOOD)[1]["promise"] == 0.2
-        found = list(clients.map(partial(post, port), [json.dumps({"text": text}) for text in texts["text"][:] * 2]))
-        told = Counter(answer["promise"] for status, answer in found if status == 200)
+        replies = list(clients.map(partial(post, port), [json.dumps({"text": text}) for text in texts["text"][:] * 2]))
+        tally = Counter(answer["promise"] for status, answer in replies if status == 200)
         counted = metrics_of(port)
-    assert set(told) >= {0.3, 0.6}
-    for promise, count in told.items():
+    assert set(tally) >= {0.3, 0.6}
+    for promise, count in tally.items():
         names = [x for x in counted if x.startswith("budgetformer_answers_total") and f'promise="{promise}"' in x]
         assert sum(counted[name] for name in names) == count + (promise == 0.2)
 
@@ -693,12 +696,12 @@ def test_a_server_answers_refuses_withstands_and_ends(folder):
     def serve_and_fail():
         with running_server(str(folder), "--max-batch", "1") as port:
             yield group_of(port)
-            status, found = post(port, '{"text": "w1 w2 w3", "budget": 1}')
-            assert (status, found["budget"]) == (200, 1.0)
+            status, reply = post(port, '{"text": "w1 w2 w3", "budget": 1}')
+            assert (status, reply["budget"]) == (200, 1.0)
             for name, (content, reason) in MALFORMED.items():
-                status, found = post(port, content)
+                status, reply = post(port, content)
                 assert status in (400, 413, 422), name
-                assert reason in found["detail"], name
+                assert reason in reply["detail"], name
 
             # As many requests as may be, held open by bodies that do not end.
             head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(GOOD)}"
@@ -744,9 +747,9 @@ def test_each_of_many_requests_at_once_gets_its_own_answer(folder, texts, tokeni
     with running_server(str(folder), "--max-batch", "8", "--max-wait-ms", "300") as port:
         questions = [json.dumps({"text": text}) for text in texts["text"][:] * 4]
         with ThreadPoolExecutor(60) as clients:
-            found = list(clients.map(partial(post, port), questions))
+            replies = list(clients.map(partial(post, port), questions))
     model, _ = serve.load_classifier(str(folder), device="cpu")
-    for text, (status, answer) in zip(texts["text"][:] * 4, found, strict=True):
+    for text, (status, answer) in zip(texts["text"][:] * 4, replies, strict=True):
         with torch.no_grad():
             out = model(**tokenizer(text, return_tensors="pt"))
         assert (status, answer["label"]) == (200, f"LABEL_{out.logits.argmax()}")

@@ -111,10 +111,10 @@ def test_both_are_asked_by_so_many_clients_and_reported(measure, pretend, texts)
     result, page = measure("http", "serving.json")
     assert list(result["figures"]) == ["1", "3"]
     assert result["max_difference"] == 0.0
-    for found in result["figures"].values():
-        assert 0.0 < found["doubted"] < 1.0
-        assert found["same_labels"] == found["doubted"]
-        for way in found["ways"].values():
+    for figures in result["figures"].values():
+        assert 0.0 < figures["doubted"] < 1.0
+        assert figures["same_labels"] == figures["doubted"]
+        for way in figures["ways"].values():
             assert way["requests_per_second"]["median"] > 0
             assert 0 < way["p50_ms"] <= way["p95_ms"]
     assert "## Tiny serving" in page

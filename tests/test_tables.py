@@ -63,8 +63,8 @@ def test_class_labels_of_a_parquet_file_keep_their_names(tmp_path):
 
 
 def test_splits_of_a_hub_data_set_are_asked_for(monkeypatch):
-    found = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1]))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: found if split is None else found[split])
+    splits = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: splits if split is None else splits[split])
     assert read_table("me/data", split="test").to_list() == ROWS[:1]
     with pytest.raises(ValueError, match=r"me/data: split must be one of \['train', 'test'\], got none"):
         read_table("me/data")
@@ -168,8 +168,8 @@ def test_several_labels_and_numbers_become_what_a_loss_takes():
 def test_numbers_of_a_csv_file_are_classes_unless_one_has_a_fraction(tmp_path):
     for labels, expected in ((["1", "0"], [1, 0]), (["1.0", "0.0"], [1, 0]), (["1.5", "2"], [1.5, 2.0])):
         source = write(tmp_path / "rows.csv", "text,label\n" + "".join(f"w,{label}\n" for label in labels))
-        found = read_table(source)["label"][:]
-        assert [(type(x), x) for x in found] == [(type(x), x) for x in expected]
+        column = read_table(source)["label"][:]
+        assert [(type(x), x) for x in column] == [(type(x), x) for x in expected]
     with pytest.raises(ValueError, match=r"rows\.jsonl must have labels of one kind"):
         read_table(write(tmp_path / "rows.jsonl", '{"text": "w", "label": 1}\n{"text": "w", "label": "a"}'))
 

@@ -102,9 +102,9 @@ def test_doubted_inputs_are_looked_at_again_whole(task, kind, pair):
     doubted = sure < sure.quantile(0.5)
     assert torch.equal(got.budget > 1.0, doubted)
     assert 0 < doubted.sum() < len(doubted)
-    for found, one, other in zip(*(answers(x, task) for x in (got, first, full)), strict=True):
+    for output, one, other in zip(*(answers(x, task) for x in (got, first, full)), strict=True):
         shape = (-1, *[1] * (one.dim() - 1))
-        torch.testing.assert_close(found, torch.where(doubted.view(shape), other, one), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output, torch.where(doubted.view(shape), other, one), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", SHIFTED)
@@ -174,10 +174,10 @@ def test_a_pipeline_labels_tokens_from_our_folder(tokenizer, tmp_path):
     stock.save_pretrained(tmp_path / "stock")
     ours_of("TokenClassification").from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "ours")
     tokenizer.save_pretrained(tmp_path / "ours")
-    found = pipeline("token-classification", str(tmp_path / "ours"))("w1 w2 w3")
+    entities = pipeline("token-classification", str(tmp_path / "ours"))("w1 w2 w3")
     expected = pipeline("token-classification", stock, tokenizer=tokenizer)("w1 w2 w3")
-    assert found
-    for one, other in zip(found, expected, strict=True):
+    assert entities
+    for one, other in zip(entities, expected, strict=True):
         assert (one["entity"], one["word"]) == (other["entity"], other["word"])
         assert one["score"] == pytest.approx(other["score"], abs=1e-5)
 

@@ -270,11 +270,11 @@ def test_a_loss_computed_outside_takes_the_same_gradients_of_ours(freeze_full, t
 def test_where_the_teacher_has_spoken_the_frozen_model_does_not_run(tokenizer, tokenized, tmp_path):
     model = budgetformer("bert", freeze_full=True)
     rows = tokenized.add_column("teacher_logits", [[0.0, 1.0, 2.0]] * len(tokenized))
-    asked = []
-    model.bert.encoder.register_forward_hook(lambda *_: asked.append(1))
+    calls = []
+    model.bert.encoder.register_forward_hook(lambda *_: calls.append(1))
     before = {name: x.clone() for name, x in model.state_dict().items()}
     trainer_for(model, tmp_path, tokenizer, rows, max_steps=4).train()
-    assert asked == []
+    assert calls == []
     moved = changed(before, model.state_dict())
     assert all(name.startswith("narrow.") for name in moved)
     assert {"narrow.steps", "narrow.head.classifier_copy.weight", "narrow.layer.0.qkv.weight"} <= moved
@@ -305,13 +305,13 @@ def test_units_are_ordered_by_their_importance_for_the_training_rows(backbone_ty
     trainer_for(
         model, tmp_path, tokenizer, tokenized, callbacks=[BudgetCallback()], max_steps=1, learning_rate=0.0
     ).train()
-    for own, full, units in zip(model.narrow.layer, model.base_model.encoder.layer, importance, strict=True):
-        queries = own.qkv.weight.unflatten(0, (4, 3, 4))[:, 0]  # by head
+    for narrow, full, units in zip(model.narrow.layer, model.base_model.encoder.layer, importance, strict=True):
+        queries = narrow.qkv.weight.unflatten(0, (4, 3, 4))[:, 0]  # by head
         expected = full.attention.self.query.weight.unflatten(0, (4, 4))
         assert torch.equal(queries, expected[units.heads.argsort(descending=True)])
         neurons = units.neurons.argsort(descending=True)
-        assert torch.equal(own.up.weight, full.intermediate.dense.weight[neurons])
-        assert torch.equal(own.down.weight, full.output.dense.weight[:, neurons])
+        assert torch.equal(narrow.up.weight, full.intermediate.dense.weight[neurons])
+        assert torch.equal(narrow.down.weight, full.output.dense.weight[:, neurons])
 
 
 def test_ordering_draws_nothing_and_keeps_the_full_model_gradients_and_mode(tokenizer, tokenized, tmp_path):
@@ -360,8 +360,8 @@ def test_the_evaluation_set_says_how_sure_the_first_look_is(tokenizer, tokenized
     model.eval()
     for budget in (0.4, 0.6):
         with torch.no_grad():
-            found = [model(**batch, budget=budget).budget for batch in trainer.get_eval_dataloader(tokenized)]
-        assert torch.cat(found).mean().item() == pytest.approx(budget, abs=0.05)
+            budgets = [model(**batch, budget=budget).budget for batch in trainer.get_eval_dataloader(tokenized)]
+        assert torch.cat(budgets).mean().item() == pytest.approx(budget, abs=0.05)
     bare = budgetformer("bert")
     trainer_for(bare, tmp_path, tokenizer, tokenized, callbacks=[BudgetCallback()], max_steps=1).train()
     assert bare.config.margins is None
@@ -378,17 +378,17 @@ def calibrated(model, folder, tokenizer, rows, evaluate_on, callback):
 def test_at_the_end_the_looks_are_those_that_tune_finds_on_the_evaluation_set(tokenizer, tokenized, tmp_path):
     model = budgetformer("bert")
     config = calibrated(model, tmp_path, tokenizer, tokenized, tokenized, BudgetCallback(disagreement=0.3))
-    found = tune(model, tokenized, tokenizer, disagreement=0.3, write=False)
-    assert found.promise["rows"] == 64
-    assert (config.looks, config.confidence, config.promise) == (found.looks, found.confidence, found.promise)
+    tuning = tune(model, tokenized, tokenizer, disagreement=0.3, write=False)
+    assert tuning.promise["rows"] == 64
+    assert (config.looks, config.confidence, config.promise) == (tuning.looks, tuning.confidence, tuning.promise)
     assert config.margins["budget"] == min(config.looks[0], config.narrow_budget)
 
 
 def test_too_few_rows_to_promise_anything_are_warned_of(tokenizer, tokenized, tmp_path, caplog):
     config = calibrated(budgetformer("bert"), tmp_path, tokenizer, tokenized, tokenized, BudgetCallback())
-    [told] = [record.message for record in caplog.records if "too few" in record.message]
-    assert "64 rows to evaluate on are too few to promise that at most 1% of the answers differ" in told
-    assert f"it takes {rows_needed('disagreement', 0.01, 0.05 / 3)}." in told
+    [message] = [record.message for record in caplog.records if "too few" in record.message]
+    assert "64 rows to evaluate on are too few to promise that at most 1% of the answers differ" in message
+    assert f"it takes {rows_needed('disagreement', 0.01, 0.05 / 3)}." in message
     assert config.looks is config.confidence is config.promise is None
     assert config.margins["budget"] == pytest.approx(1 / 12)
 
@@ -473,7 +473,7 @@ def test_checkpointing_counts_a_step_once_and_changes_no_gradient(tokenizer, tok
 
 @pytest.mark.slow
 def test_a_compiled_model_learns_what_the_eager_one_does(tokenizer, tokenized, tmp_path):
-    found = []
+    curves = []
     for compiled in (False, True):
         set_seed(0)
         model = budgetformer("bert", trained=False, num_hidden_layers=2)
@@ -483,9 +483,9 @@ def test_a_compiled_model_learns_what_the_eager_one_does(tokenizer, tokenized, t
         )  # fmt: skip
         trainer.train()
         assert model.narrow.steps.item() == 5
-        found.append([logged(trainer, part) for part in ("loss", "divergence", "budget")])
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=2e-4)
-    assert len(set(found[0][2])) > 1
+        curves.append([logged(trainer, part) for part in ("loss", "divergence", "budget")])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-3, atol=2e-4)
+    assert len(set(curves[0][2])) > 1
 
 
 WORKER = Path(__file__).parent / "ddp_worker.py"

@@ -354,22 +354,22 @@ def decide(logits, problem_type):
 
 def naive_threshold(sure, differs, level, error):
     """The threshold before the first one whose few disagreements could be chance."""
-    found, rows = None, len(sure)
+    previous, rows = None, len(sure)
     for threshold in THRESHOLDS:
         lost = sum(d for s, d in zip(sure, differs, strict=True) if s >= threshold)
         if sum(math.comb(rows, n) * level**n * (1 - level) ** (rows - n) for n in range(lost + 1)) > error:
             break
-        found = threshold
-    return found
+        previous = threshold
+    return previous
 
 
 @pytest.mark.parametrize("problem_type", KINDS)
 def test_tuning_finds_what_naive_computation_from_logits_finds(backbone_type, problem_type, many, tokenizer):
     model = looking_twice(backbone_type, problem_type)
-    found = tune(model, many, tokenizer, disagreement=0.2, batch_size=8)
+    tuning = tune(model, many, tokenizer, disagreement=0.2, batch_size=8)
     full = decide(ask(model, many, tokenizer, budget=1.0).logits, problem_type)
-    assert [test.budget for test in found.tested] == look_budgets(model.config)
-    for test in found.tested:
+    assert [test.budget for test in tuning.tested] == look_budgets(model.config)
+    for test in tuning.tested:
         out = ask(model, many, tokenizer, budget=test.budget)
         sure = confidence(out.logits, problem_type).tolist()
         differs = (decide(out.logits, problem_type) != full).any(-1).tolist()
@@ -378,8 +378,8 @@ def test_tuning_finds_what_naive_computation_from_logits_finds(backbone_type, pr
         assert test.doubted == pytest.approx(1 - np.mean(stands))
         assert test.work == pytest.approx(out.budget[0].item() + test.doubted)
         assert test.risk == pytest.approx(np.mean([a and b for a, b in zip(stands, differs, strict=True)]))
-    best = min((test for test in found.tested if test.work < 1.0), key=lambda test: test.work)
-    assert (found.looks, found.confidence) == ([best.budget, 1.0], [best.threshold])
+    best = min((test for test in tuning.tested if test.work < 1.0), key=lambda test: test.work)
+    assert (tuning.looks, tuning.confidence) == ([best.budget, 1.0], [best.threshold])
 
 
 @pytest.mark.parametrize("problem_type", KINDS)
@@ -387,57 +387,57 @@ def test_plain_calls_do_what_was_promised_once_saved_and_loaded_too(
     backbone_type, problem_type, many, tokenizer, tmp_path
 ):
     model = looking_twice(backbone_type, problem_type)
-    found = tune(model, many, tokenizer, disagreement=0.2)
+    tuning = tune(model, many, tokenizer, disagreement=0.2)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     for tuned in (model, again):
-        assert (tuned.config.looks, tuned.config.confidence) == (found.looks, found.confidence)
-        assert kept_promise(tuned.config) == found.promise
-        assert tuned.config.margins["budget"] == found.looks[0]
+        assert (tuned.config.looks, tuned.config.confidence) == (tuning.looks, tuning.confidence)
+        assert kept_promise(tuned.config) == tuning.promise
+        assert tuned.config.margins["budget"] == tuning.looks[0]
         out, full = (ask(tuned, many, tokenizer, **options) for options in ({}, {"budget": 1.0}))
         same = (decide(out.logits, problem_type) == decide(full.logits, problem_type)).all(-1)
-        assert same.float().mean().item() == pytest.approx(1.0 - found.promise["lost"])
-        assert int((out.budget > 1.0).sum()) == found.promise["doubted"]
-        assert 0 < found.promise["lost"] < found.promise["bound"] <= 0.2
-    test = next(test for test in found.tested if test.budget == found.looks[0])
+        assert same.float().mean().item() == pytest.approx(1.0 - tuning.promise["lost"])
+        assert int((out.budget > 1.0).sum()) == tuning.promise["doubted"]
+        assert 0 < tuning.promise["lost"] < tuning.promise["bound"] <= 0.2
+    test = next(test for test in tuning.tested if test.budget == tuning.looks[0])
     assert out.budget.mean().item() == pytest.approx(test.work)
 
 
 @pytest.mark.parametrize("batch_size", [4, 240])
 def test_accuracy_is_compared_row_by_row_with_its_own_label(backbone_type, many, tokenizer, batch_size):
     model, labels = looking_twice(backbone_type), torch.tensor(many["label"][:])
-    found = tune(model, many, tokenizer, tolerance=0.2, batch_size=batch_size, budgets=[0.125, 0.25])
+    tuning = tune(model, many, tokenizer, tolerance=0.2, batch_size=batch_size, budgets=[0.125, 0.25])
     right = ask(model, many, tokenizer, budget=1.0).logits.argmax(-1) == labels
-    assert [test.budget for test in found.tested] == [0.125, 0.25]
-    for test in found.tested:
+    assert [test.budget for test in tuning.tested] == [0.125, 0.25]
+    for test in tuning.tested:
         logits = ask(model, many, tokenizer, budget=test.budget).logits
         stands = confidence(logits, None) >= test.threshold
         lost = right.float() - torch.where(stands, logits.argmax(-1) == labels, right).float()
         assert test.risk == pytest.approx(lost.mean().item())
-    assert any(test.risk for test in found.tested)
+    assert any(test.risk for test in tuning.tested)
 
 
 def test_of_a_mean_budget_the_looks_that_differ_least_are_chosen(backbone_type, many, tokenizer):
     model = looking_twice(backbone_type)
-    found = tune(model, many, tokenizer, mean_budget=0.5)
-    assert found.promise["lost"] == min(round(test.risk, 6) for test in found.tested)
-    assert found.promise["lost"] > tune(model, many, tokenizer, mean_budget=0.9, write=False).promise["lost"]
+    tuning = tune(model, many, tokenizer, mean_budget=0.5)
+    assert tuning.promise["lost"] == min(round(test.risk, 6) for test in tuning.tested)
+    assert tuning.promise["lost"] > tune(model, many, tokenizer, mean_budget=0.9, write=False).promise["lost"]
     spent = ask(model, many, tokenizer).budget.mean().item()
-    [test] = [test for test in found.tested if test.budget == found.looks[0]]
+    [test] = [test for test in tuning.tested if test.budget == tuning.looks[0]]
     assert spent == pytest.approx(test.work)
-    assert spent < found.promise["bound"] + 1e-6 <= 0.5 + 1e-6
+    assert spent < tuning.promise["bound"] + 1e-6 <= 0.5 + 1e-6
 
 
 def test_rows_in_any_form_and_order_give_the_same_looks_and_leave_the_model_as_it_was(many, tokenizer):
     model = looking_twice("bert").train()
-    found = tune(model, many, tokenizer, disagreement=0.2, write=False)
+    tuning = tune(model, many, tokenizer, disagreement=0.2, write=False)
     assert model.training
     assert model.config.looks is model.config.confidence is model.config.promise is model.config.margins is None
     tokens = many.map(lambda rows: tokenizer(rows["text"]), batched=True, remove_columns="text")
     unlabelled = many.remove_columns("label")
     for rows in (tokens, tokens.with_format("torch"), unlabelled, unlabelled.select(range(239, -1, -1))):
         other = tune(model, rows, tokenizer, disagreement=0.2, batch_size=7, write=False)
-        assert other.promise == found.promise
+        assert other.promise == tuning.promise
 
 
 def test_answers_that_never_change_need_no_second_look(many, tokenizer):
@@ -445,10 +445,10 @@ def test_answers_that_never_change_need_no_second_look(many, tokenizer):
     for head in (model.classifier, model.narrow.head.classifier_copy):
         head.weight.data.zero_()
         head.bias.data.copy_(torch.tensor([0.0, 1.0, 0.0]))
-    found = tune(model, many, tokenizer, disagreement=0.05)
+    tuning = tune(model, many, tokenizer, disagreement=0.05)
     assert (model.config.looks, model.config.confidence) == ([look_budgets(model.config)[0]], None)
-    assert "A plain call looks once, at a budget of 0.0833. Its answers differ" in str(found)
-    assert "on at most 5% of texts like the 240 of the calibration, with 95% confidence" in str(found)
+    assert "A plain call looks once, at a budget of 0.0833. Its answers differ" in str(tuning)
+    assert "on at most 5% of texts like the 240 of the calibration, with 95% confidence" in str(tuning)
 
 
 def test_where_no_look_keeps_the_promise_the_full_model_answers_alone(many, tokenizer):
@@ -457,21 +457,21 @@ def test_where_no_look_keeps_the_promise_the_full_model_answers_alone(many, toke
         head.weight.data.zero_()
         head.bias.data.zero_()
         head.bias.data[favourite] = 50.0  # as sure as can be
-    found = tune(model, many, tokenizer, disagreement=0.05)
-    assert (found.looks, found.confidence) == (model.config.looks, model.config.confidence) == ([1.0], None)
-    assert (found.promise["doubted"], found.promise["lost"], found.promise["bound"]) == (240, 0.0, 0.0)
-    assert all(test.threshold is None for test in found.tested)
+    tuning = tune(model, many, tokenizer, disagreement=0.05)
+    assert (tuning.looks, tuning.confidence) == (model.config.looks, model.config.confidence) == ([1.0], None)
+    assert (tuning.promise["doubted"], tuning.promise["lost"], tuning.promise["bound"]) == (240, 0.0, 0.0)
+    assert all(test.threshold is None for test in tuning.tested)
     assert ask(model, many, tokenizer).budget.eq(1.0).all()
-    assert str(found).count("none keeps the promise") == 3
-    assert "A plain call runs the full model. No first look that saves work was shown to" in str(found)
+    assert str(tuning).count("none keeps the promise") == 3
+    assert "A plain call runs the full model. No first look that saves work was shown to" in str(tuning)
 
 
 def test_the_answer_becomes_json_and_comes_back(many, tokenizer):
-    found = tune(looking_twice("bert"), many, tokenizer, disagreement=0.2)
-    assert found.settings == {"risk": "disagreement", "level": 0.2, "confidence": 0.95, "rows": 240}
-    again = Tuning.from_dict(json.loads(json.dumps(found.to_dict())))
-    assert again == found
-    assert str(again) == str(found)
+    tuning = tune(looking_twice("bert"), many, tokenizer, disagreement=0.2)
+    assert tuning.settings == {"risk": "disagreement", "level": 0.2, "confidence": 0.95, "rows": 240}
+    again = Tuning.from_dict(json.loads(json.dumps(tuning.to_dict())))
+    assert again == tuning
+    assert str(again) == str(tuning)
 
 
 @pytest.mark.parametrize(
@@ -491,9 +491,9 @@ def test_the_answer_becomes_json_and_comes_back(many, tokenizer):
 )
 def test_a_promise_in_words(fields, words):
     rest = {"rows": 2000, "confidence": 0.95, "looks": [0.1, 1.0], "thresholds": [0.5], "lost": 0.004, "doubted": 9}
-    told = describe_promise({**fields, **rest, "bound": 0.009})
-    assert words in told
-    assert "the 2,000 of the calibration, with 95% confidence" in told
+    text = describe_promise({**fields, **rest, "bound": 0.009})
+    assert words in text
+    assert "the 2,000 of the calibration, with 95% confidence" in text
 
 
 def test_other_looks_or_thresholds_keep_no_promise(many, tokenizer):
@@ -584,9 +584,9 @@ def test_what_is_applied_is_what_was_found(many, tokenizer):
     model = looking_twice("bert")
     batches = [tokenizer(many["text"][:], padding=True, return_tensors="pt")]
     calibration = Calibration(model, batches, look_budgets(model.config))
-    found = choose_looks(calibration, "disagreement", 0.2)
+    tuning = choose_looks(calibration, "disagreement", 0.2)
     model.config.looks, model.config.confidence = [0.05, 0.2, 1.0], [0.3, 0.4]
-    apply_tuning(model.config, found, calibration)
+    apply_tuning(model.config, tuning, calibration)
 
-    assert (model.config.looks, model.config.confidence) == (found.looks, found.confidence)
+    assert (model.config.looks, model.config.confidence) == (tuning.looks, tuning.confidence)
     model.config.validate()

@@ -40,8 +40,8 @@ def training(folder):
     return json.loads((folder / "budgetformer" / "training.json").read_text())
 
 
-def by_budget(found, figure):
-    return {result["asked"]: result[figure] for result in found["results"]}
+def by_budget(evaluation, figure):
+    return {result["asked"]: result[figure] for result in evaluation["results"]}
 
 
 def environment(place):
@@ -75,10 +75,10 @@ def place(tmp_path_factory):
 
 def test_both_stages_learned(place):
     [teacher] = kept(place / "out" / "teacher", "evaluation")["results"]
-    found = kept(place / "out", "evaluation")
+    evaluation = kept(place / "out", "evaluation")
     assert teacher["accuracy"] > 0.3  # of eight labels
-    assert by_budget(found, "correct")[1.0] == teacher["correct"]  # the full model is the fine-tuned one
-    assert by_budget(found, "accuracy")[0.25] > 0.2
+    assert by_budget(evaluation, "correct")[1.0] == teacher["correct"]  # the full model is the fine-tuned one
+    assert by_budget(evaluation, "accuracy")[0.25] > 0.2
     assert f"{teacher['accuracy']:.1%}" in (place / "printed").read_text()
     assert training(place / "out")["log_history"]
 
@@ -89,13 +89,13 @@ def test_tuned_looks_are_the_models_and_its_predictions_are_those_evaluated(plac
     assert model.config.looks is not None
     assert model.config.promise == tuned["promise"]
     rows = read_table(str(place / "test.parquet"))
-    found = evaluate_budgets(model, rows, tokenizer, (1.0, None))
-    assert found.results[0].correct == by_budget(kept(place / "out", "evaluation"), "correct")[1.0]
+    evaluation = evaluate_budgets(model, rows, tokenizer, (1.0, None))
+    assert evaluation.results[0].correct == by_budget(kept(place / "out", "evaluation"), "correct")[1.0]
     answers = [json.loads(line) for line in (place / "answers.jsonl").read_text().splitlines()]
     assert [answer["row"] for answer in answers] == list(range(len(rows)))
     labels = rows.features["label"].int2str(rows["label"])
-    assert sum(a["label"] == label for a, label in zip(answers, labels, strict=True)) == found.results[1].correct
-    assert np.mean([answer["budget"] for answer in answers]) == pytest.approx(found.results[1].spent, abs=1e-3)
+    assert sum(a["label"] == label for a, label in zip(answers, labels, strict=True)) == evaluation.results[1].correct
+    assert np.mean([answer["budget"] for answer in answers]) == pytest.approx(evaluation.results[1].spent, abs=1e-3)
 
 
 def test_costs_are_measured_at_every_budget(place):
@@ -146,16 +146,16 @@ def test_the_card_tells_what_was_found(place):
 
 
 def test_a_killed_prediction_goes_on_without_losing_or_repeating_a_line(place):
-    asked = ["budgetformer", "predict", "out", "--file", "test.parquet", "--batch-size", "1", "--output"]
+    command = ["budgetformer", "predict", "out", "--file", "test.parquet", "--batch-size", "1", "--output"]
     options = {"cwd": place, "env": environment(place)}
-    subprocess.run([*asked, "whole.jsonl"], check=True, **options)
+    subprocess.run([*command, "whole.jsonl"], check=True, **options)
     partial = place / "killed.jsonl.partial"
-    process = subprocess.Popen([*asked, "killed.jsonl"], **options)
+    process = subprocess.Popen([*command, "killed.jsonl"], **options)
     while process.poll() is None and not (partial.exists() and partial.stat().st_size):
         time.sleep(0.01)
     process.kill()  # once something is written, a whole window at a time
     process.wait()
     assert 0 < partial.read_bytes().count(b"\n") < ROWS["test"]
-    done = subprocess.run([*asked, "killed.jsonl"], check=True, capture_output=True, text=True, **options)
+    done = subprocess.run([*command, "killed.jsonl"], check=True, capture_output=True, text=True, **options)
     assert "rows were there already" in done.stderr
     assert (place / "killed.jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
