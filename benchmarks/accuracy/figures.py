@@ -219,6 +219,7 @@ def outcomes(runs: dict[str, Run], times: Times) -> dict[str, dict[str, Any]]:
             outcome_of[f"exits {mean}"] = run.exits(mean)
     if run := runs.get("shared widths"):
         outcome_of["shared widths, constant 1/4"] = run.constant(1 / 4)
+        outcome_of["shared widths, constant 1/12"] = run.constant(1 / 12)
         outcome_of["shared widths, looks 0.25"] = run.looks(0.25)
     if run := runs.get("routers"):
         outcome_of["routers, 1/4 of the heads"] = run.constant(1 / 4)
@@ -259,6 +260,7 @@ PAIRS = (
     ("looks 0.25", "random start, looks 0.25"),
     ("looks 0.25", "truncated start, looks 0.25"),
     ("constant 1/4", "shared widths, constant 1/4"),
+    ("constant 1/12", "shared widths, constant 1/12"),
     ("looks 0.25", "shared widths, looks 0.25"),
     ("looks 0.25", "routers, 1/4 of the heads"),
 )
