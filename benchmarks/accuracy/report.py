@@ -1,6 +1,7 @@
 """Tables and the plot of the accuracy results, from JSON and from nothing else."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,11 @@ def kept(folder: Path = HERE / "results") -> str:
             for figure in ("accuracy", "agreement", "cost")
         )
         rows.append([name, f"{cost / 100:.2f}", f"{accuracy:.1f}", f"{agreement:.1f}"])
-    return (
-        f"Means over {len(chosen)} data sets ({', '.join(chosen)}), in %, on rows that nothing was trained or chosen\n"
-        "on; MiniLM. Agreement is with the full model's answers, work is the mean share of the full model's FLOPs:\n\n"
-        + table(["", "work", "accuracy", "agreement"], rows)
+    about = (
+        f"Means over {len(chosen)} data sets ({', '.join(chosen)}), in %, on rows that nothing was trained or chosen on; "
+        "MiniLM. Agreement is with the full model's answers, work is the mean share of the full model's FLOPs:"
     )
+    return f"{textwrap.fill(about, 120)}\n\n" + table(["", "work", "accuracy", "agreement"], rows)
 
 
 def trials_table(folder: Path) -> str:
