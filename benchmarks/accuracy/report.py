@@ -143,8 +143,8 @@ def kept(folder: Path = HERE / "results") -> str:
         )
         rows.append([name, f"{cost / 100:.2f}", f"{accuracy:.1f}", f"{agreement:.1f}"])
     about = (
-        f"Means over {len(chosen)} data sets ({', '.join(chosen)}), in %, on rows that nothing was trained or chosen on; "
-        "MiniLM. Agreement is with the full model's answers, work is the mean share of the full model's FLOPs:"
+        f"Means over {len(chosen)} data sets ({', '.join(chosen)}), in %, on rows that nothing was trained or chosen "
+        "on; MiniLM. Agreement is with the full model's answers, work is the mean share of the full model's FLOPs:"
     )
     return f"{textwrap.fill(about, 120)}\n\n" + table(["", "work", "accuracy", "agreement"], rows)
 
