@@ -1166,9 +1166,9 @@ class BudgetFormerForSequenceClassification(BudgetFormerTaskModel):
             if loss is not None and teacher_logits is not None:
                 loss = (1.0 - self.config.distillation_weight) * loss
             kind = self._problem_type(labels)
-            answer_loss = base.encoder.answer_loss(logits, labels, teacher_logits, routing.need, kind)
-            loss = None if loss is None else loss + answer_loss + routers_loss
-            logits = attach_loss(logits, answer_loss + routers_loss)
+            added = base.encoder.answer_loss(logits, labels, teacher_logits, routing.need, kind) + routers_loss
+            loss = None if loss is None else loss + added
+            logits = attach_loss(logits, added)
             self.training_log = log
         return BudgetFormerClassifierOutput(
             loss=loss,
