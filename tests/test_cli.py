@@ -466,7 +466,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(model, data, tmp_path, tok
         (1, "without a config.json", ["evaluate", tmp_path, data]),
         (1, "must be a BudgetFormer, got the bert model .* train .* DATA", ["tune", plain, data]),
         (1, r"budget=0.5 lies between .*calibrate_margins", ["evaluate", model, data, "--budgets", "0.5"]),
-        (1, r"disagreement must be larger for 64 rows.* it would take 408 rows", ["tune", model, data]),
+        (1, r"disagreement must be larger for 64 rows.* it would take 321 rows", ["tune", model, data]),
         (
             1,
             r"tolerance must be larger for 64 rows.* it would take \d+ ro",

@@ -388,7 +388,7 @@ def test_too_few_rows_to_promise_anything_are_warned_of(tokenizer, tokenized, tm
     config = calibrated(budgetformer("bert"), tmp_path, tokenizer, tokenized, tokenized, BudgetCallback())
     [message] = [record.message for record in caplog.records if "too few" in record.message]
     assert "64 rows to evaluate on are too few to promise that at most 1% of the answers differ" in message
-    assert f"it takes {rows_needed('disagreement', 0.01, 0.05 / 3)}." in message
+    assert f"it takes {rows_needed('disagreement', 0.01, 0.8 * 0.05)}." in message
     assert config.looks is config.confidence is config.promise is None
     assert config.margins["budget"] == pytest.approx(1 / 12)
 

@@ -23,7 +23,16 @@ from ..configuration_budgetformer import is_share
 from .batching import batches_by_length
 from .checkpoints import load_trained, weights_digest
 from .narrowing import order_units
-from .tuning import Calibration, apply_tuning, calibrate_margins, choose_looks, kept_promise, look_budgets, rows_needed
+from .tuning import (
+    Calibration,
+    apply_tuning,
+    calibrate_margins,
+    choose_looks,
+    kept_promise,
+    look_budgets,
+    rows_needed,
+    share_error,
+)
 
 
 if TYPE_CHECKING:
@@ -186,7 +195,7 @@ class BudgetCallback(TrainerCallback):
         budgets = look_budgets(config)
         calibration = Calibration(model, batches, budgets)
         rows = len(calibration.answers[1.0])
-        needed = rows_needed("disagreement", self.disagreement, 0.05 / len(budgets))
+        needed = rows_needed("disagreement", self.disagreement, max(share_error(0.05, budgets)))
         if rows >= needed:
             apply_tuning(config, choose_looks(calibration, "disagreement", self.disagreement), calibration)
             return

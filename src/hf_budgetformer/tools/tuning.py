@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Of confidence, falling; chosen before any row is seen, and denser where confident models put their answers.
-THRESHOLDS = (
-    1.0,
-    *(round(1.0 - 10.0 ** (step / 20.0), 7) for step in range(-120, -19)),
-    *(step / 50.0 for step in range(44, -1, -1)),
-)
+# Of confidence, falling; chosen before any row is seen, and denser where confident models put their answers: two
+# hundred for each tenfold distance from 1. A promise gets cheaper with each of them, and no weaker.
+THRESHOLDS = (1.0, *dict.fromkeys((1.0 - np.logspace(-6.0, 0.0, 1201)).round(7).tolist()))
+# Of the error of a promise, what goes to the first look that costs least. It is nearly always the one that is
+# chosen, and the more error it is allowed the fewer answers it has to doubt. The others share the rest.
+_LEAST_LOOKS_ERROR = 0.8
 RISKS = ("disagreement", "tolerance", "mean_budget")
 # Shares of the capital that one row may lose. Spaced evenly, for where few differences are not zero large bets decide.
 _BETS = np.linspace(0.05, 0.95, 10)
@@ -85,7 +85,7 @@ class TestedLooks:
         seconds: Mean share of the full model's time, as measured, both looks together.
         risk: What was lost on the rows: accuracy for a tolerance, else agreement with the full model.
         bound: Upper bound of what is promised, for inputs like these at this threshold: of the risk, or of the work for
-            a mean budget. At the confidence asked for, which all looks share; never above the level.
+            a mean budget. All looks' bounds hold at once with the confidence asked for; never above the level.
     """
 
     budget: float
@@ -153,6 +153,15 @@ def rows_needed(risk: str, level: float, error: float) -> int:
     return bisect.bisect_left(range(2**40), -math.log(error), key=lambda rows: float(log_capital([0, rows, 0], level)))
 
 
+def share_error(error: float, works: Sequence[float]) -> list[float]:
+    """What of an error each of some first looks is tested at, by what they cost, so that all of them hold at once."""
+    if len(works) == 1:
+        return [error]
+    least = min(range(len(works)), key=lambda number: works[number])
+    rest = (1.0 - _LEAST_LOOKS_ERROR) * error / (len(works) - 1)
+    return [_LEAST_LOOKS_ERROR * error if number == least else rest for number in range(len(works))]
+
+
 def _check_promise(risk: str, level: float, confidence: float, rows: int, works: Sequence[float]) -> None:
     """Raises ValueError unless first looks of these `works` can be tested for the promise on so many rows."""
     if risk not in RISKS:
@@ -166,7 +175,7 @@ def _check_promise(risk: str, level: float, confidence: float, rows: int, works:
         if level < min(works) - _SLACK:
             raise ValueError(f"mean_budget must pay for a first look at least, {min(works):.4g}, got {level:g}.")
         return
-    needed = rows_needed(risk, level, (1.0 - confidence) / len(works))
+    needed = rows_needed(risk, level, max(share_error(1.0 - confidence, works)))
     if rows < needed:
         raise ValueError(
             f"{risk} must be larger for {rows} rows, got {level:g}: even if no answer changed, it would take {needed} "
@@ -178,8 +187,8 @@ def find_looks(looks: Sequence[FirstLook], risk: str, level: float, confidence: 
     """Finds for each first look the cheapest threshold that keeps the promise; knows nothing of models.
 
     Learn-then-Test (Angelopoulos et al., arXiv 2110.01052) with fixed-sequence testing: for each look the thresholds of
-    a fixed grid are tested from the safest on, up to the first that fails, at an error of (1 - confidence) over the
-    number of looks, so that all that is kept holds at once. Disagreements and spent budgets are tested by the binomial
+    a fixed grid are tested from the safest on, up to the first that fails, at its part of the error 1 - confidence, see
+    `share_error`, so that all that is kept holds at once. Disagreements and spent budgets are tested by the binomial
     law, differences of accuracy by betting. The promise is of inputs that the rows are independent draws from.
 
     Args:
@@ -196,8 +205,8 @@ def find_looks(looks: Sequence[FirstLook], risk: str, level: float, confidence: 
     """
     rows = len(looks[0].losses) if looks else 0
     _check_promise(risk, level, confidence, rows, [look.work for look in looks])
-    error = (1.0 - confidence) / len(looks)
-    return [_find_threshold(look, risk, level, error) for look in looks]
+    errors = share_error(1.0 - confidence, [look.work for look in looks])
+    return [_find_threshold(look, risk, level, error) for look, error in zip(looks, errors, strict=True)]
 
 
 def _find_threshold(look: FirstLook, risk: str, level: float, error: float) -> TestedLooks:
@@ -648,6 +657,7 @@ __all__ = [
     "look_budgets",
     "p_values",
     "rows_needed",
+    "share_error",
     "tune",
     "tune_looks",
     "upper_bound",
