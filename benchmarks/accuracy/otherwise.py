@@ -11,6 +11,7 @@ import torch
 from accuracy.fits import collect, fit
 from datasets import Dataset
 from inputs import load_tokenizer
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import Trainer
 
@@ -39,6 +40,9 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 32,
     "narrow_budget": 0.25,
     "loss": "kl",
+    "norms": False,
+    "again": False,
+    "noise": 0.0,
 }
 
 
@@ -156,6 +160,42 @@ def augment(rows: Dataset, times: int, kind: str, seed: int) -> Dataset:
     return Dataset.from_list([change(row) for _ in range(times) for row in given], features=given.features)
 
 
+class Norms(torch.nn.Module):
+    """Norms and biases of a narrow encoder's layers, once for each budget that is trained.
+
+    Args:
+        layers: Of the narrow encoder, as they begin.
+        shares: Of the narrow budget.
+    """
+
+    def __init__(self, layers: Any, shares: list[float]) -> None:
+        super().__init__()
+        self.shares = sorted({*shares})
+        self.names = [
+            [name for name, x in layer.named_parameters() if "norm" in name or name.endswith("bias")]
+            for layer in layers
+        ]
+        self.copies = torch.nn.ModuleList(
+            torch.nn.ModuleList(
+                torch.nn.ParameterList(layer.get_parameter(name).detach().clone() for name in names)
+                for layer, names in zip(layers, self.names, strict=True)
+            )
+            for _ in self.shares
+        )
+
+    def of(self, share: float, layer: int) -> dict[str, torch.Tensor]:
+        """What stands in for a layer's parameters, of the least budget that is trained and not below that share."""
+        level = next((n for n, x in enumerate(self.shares) if x > share - 1e-6), len(self.shares) - 1)
+        return dict(zip(self.names[layer], self.copies[level][layer], strict=True))
+
+    @torch.no_grad()
+    def put_into(self, layers: Any, share: float) -> None:
+        """Makes the layers those of a budget."""
+        for number, layer in enumerate(layers):
+            for name, value in self.of(share, number).items():
+                layer.get_parameter(name).copy_(value)
+
+
 class NarrowTrainer(Trainer):
     """Trains the narrow encoder of a BudgetFormer by its class's `recipe`."""
 
@@ -169,12 +209,19 @@ class NarrowTrainer(Trainer):
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         target, hidden_target = inputs.pop("teacher_logits"), inputs.pop("teacher_states", None)
         narrow = model.narrow
+        if recipe["noise"]:  # the teacher read the words that are hidden here
+            words = torch.rand_like(inputs["input_ids"], dtype=torch.float) < recipe["noise"]
+            special = torch.isin(inputs["input_ids"], torch.tensor(load_tokenizer().all_special_ids))
+            masked = load_tokenizer().mask_token_id
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(words & ~special, masked)
         embedded = model.embed(inputs)
         share = recipe["draw"].choices(recipe["shares"], recipe["weights"])[0]
         look = narrow.order.look(share * narrow.widest.cost)
         hidden, states_of_layers = embedded.hidden, []
-        for layer, heads, neurons in zip(narrow.layer, look.counts.heads, look.counts.neurons, strict=True):
-            hidden = layer(hidden, embedded.batch.layout, heads, neurons, False)
+        norms = getattr(model, "norms", None)
+        for number, layer in enumerate(narrow.layer):
+            call = (hidden, embedded.batch.layout, look.counts.heads[number], look.counts.neurons[number])
+            hidden = layer(*call) if norms is None else functional_call(layer, norms.of(share, number), call)
             states_of_layers.append(hidden)
         first = embedded.batch.first(hidden)
         answer = model.read_answer(embedded, first, narrow=True).logits
@@ -238,6 +285,8 @@ def train_by_recipe(full: Path, rows: Dataset, taught: Dataset, recipe: dict[str
         _start_anew(model.narrow, seed)
     if recipe["fold"]:
         fold_means(model, some, importance)
+    if recipe["norms"]:
+        model.norms = Norms(model.narrow.layer, recipe["shares"])
     columns = ("input_ids", "token_type_ids", "attention_mask", "teacher_logits")
     taught = taught.select_columns([name for name in taught.column_names if name in columns])
     start = time.perf_counter()
@@ -246,8 +295,49 @@ def train_by_recipe(full: Path, rows: Dataset, taught: Dataset, recipe: dict[str
     asking = time.perf_counter() - start
     NarrowTrainer.recipe = {**recipe, "draw": random.Random(seed)}
     rate, size = recipe["learning_rate"], recipe["batch_size"]
-    seconds = fit(model, taught, recipe["epochs"], rate, seed, size, NarrowTrainer, remove_unused_columns=False)
+    epochs = [recipe["epochs"] / 6, recipe["epochs"] * 5 / 6] if recipe["again"] else [recipe["epochs"]]
+    seconds = 0.0
+    for number, passes in enumerate(epochs):
+        if number:
+            order_again(model, taught.take(256))
+        seconds += fit(model, taught, passes, rate, seed, size, NarrowTrainer, remove_unused_columns=False)
     return model, seconds + asking
+
+
+def order_again(model: Any, rows: Dataset) -> None:
+    """Sorts the units of the narrow encoder by their importance now: mean of |d divergence / d gate|, all open.
+
+    A gate's gradient is the sum, over the weights through which its unit goes out, of weight times gradient.
+
+    Args:
+        model: Its narrow encoder has begun to learn.
+        rows: With `teacher_logits`.
+    """
+    layers = model.narrow.layer
+    outputs = [[layer.attention_output.weight, layer.down.weight] for layer in layers]
+    importance = [[torch.zeros(layer.heads), torch.zeros(layer.neurons)] for layer in layers]
+    model.eval()
+    for start in range(0, len(rows), 8):
+        some = rows[start : start + 8]
+        target = torch.tensor(some.pop("teacher_logits"))
+        answer = model(**load_tokenizer().pad(some, return_tensors="pt"), budget=model.narrow.widest.cost).logits
+        loss = teacher_divergence(answer, target, "single_label_classification").mean()
+        gradients = iter(torch.autograd.grad(loss, [weight for pair in outputs for weight in pair]))
+        for pair, sums in zip(outputs, importance, strict=True):
+            for weight, units in zip(pair, sums, strict=True):
+                units += (weight * next(gradients)).sum(0).unflatten(0, (len(units), -1)).sum(-1).abs().detach()
+    with torch.no_grad():
+        for layer, (heads, neurons) in zip(layers, importance, strict=True):
+            neurons = neurons.argsort(descending=True, stable=True)
+            rows_of = (heads.argsort(descending=True, stable=True)[:, None], torch.arange(3 * layer.size))
+            stacked = (rows_of[0] * 3 * layer.size + rows_of[1]).flatten()
+            columns = (rows_of[0] * layer.size + rows_of[1][: layer.size]).flatten()
+            for value in (layer.qkv.weight, layer.qkv.bias):
+                value.copy_(value[stacked])
+            for value in (layer.up.weight, layer.up.bias):
+                value.copy_(value[neurons])
+            layer.attention_output.weight.copy_(layer.attention_output.weight[:, columns])
+            layer.down.weight.copy_(layer.down.weight[:, neurons])
 
 
 def _start_anew(narrow: Any, seed: int) -> None:
