@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from hf_budgetformer.tools.plots import new_figure, save_figure
 
 
 HERE = Path(__file__).resolve().parent
+# The trial that became the recipe, as it is named in trials.json; changes of it begin alike.
+RECIPE = "R1"
 # What the issue asked for: of a pair or a method, the least that will do.
 TARGETS: tuple[tuple[str, str, float], ...] = (
     ("looks 0.25 - full", "accuracy", -0.5),
@@ -150,26 +153,53 @@ def kept(folder: Path = HERE / "results") -> str:
 
 
 def trials_table(folder: Path) -> str:
-    """Each trial of the recipe, those of one full model one below the other."""
+    """Trials that led to the recipe, as they were scored; then changes of the recipe, beside it."""
     trials = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    rows = []
-    for trial in sorted(trials, key=lambda x: (x["data"], x["seed"], x["trial"])):
-        changes = ", ".join(f"{key} {value}" for key, value in trial["recipe"].items())
-        cells = [f"{trial['data']}, {trial['seed']}", trial["trial"], changes or "as it began"]
-        looks = []
-        for budget in ("1/4", "1/6", "1/12"):
-            scores = trial[budget]
-            cells.append(f"{100 * scores['agreement']:.1f}, {scores['divergence']:.3f}")
-            looks.append(scores.get("looks 0.25", scores)["agreement"])
-        rows.append([*cells, f"{100 * max(looks):.1f}"])
-    if not rows:
+    trials.sort(key=lambda x: (x["data"], x["seed"], x["trial"]))
+    recipe_of = {(x["data"], x["seed"]): x for x in trials if x["trial"] == RECIPE}
+    if not recipe_of:
         return ""
-    head = ["data set, seed", "trial", "what it changes", "1/4", "1/6", "1/12", "looks at .25"]
+    began: list[list[str]] = []
+    changes: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        if trial["trial"].startswith(RECIPE) or "together" in trial["recipe"]:
+            changes.setdefault(trial["trial"], []).append(trial)
+        if trial["trial"] == RECIPE or trial["trial"] not in changes:
+            cells = [f"{agreement:.1f}, {divergence:.3f}" for agreement, divergence in _scores(trial)]
+            cells[-1] = cells[-1].split(",")[0]
+            began.append([f"{trial['data']}, {trial['seed']}", _fields(trial["recipe"]) or "as it began", *cells])
+    recipe = next(iter(recipe_of.values()))["recipe"]
+    rows: list[list[str]] = []
+    for runs in changes.values():
+        beside = [recipe_of.get((x["data"], x["seed"])) for x in runs]
+        pairs = [(_scores(x), _scores(y)) for x, y in zip(runs, beside, strict=True) if y is not None]
+        changed = _fields({key: x for key, x in runs[0]["recipe"].items() if recipe.get(key) != x})
+        if changed and pairs:
+            means = np.mean([np.subtract(a, b) for a, b in pairs], axis=0)
+            cells = [f"{agreement:+.1f}, {divergence:+.3f}" for agreement, divergence in means]
+            cells[-1] = cells[-1].split(",")[0]
+            count = Counter(x["data"] for x in runs)
+            rows.append([changed, ", ".join(f"{name} ({number})" for name, number in count.items()), *cells])
+    head = ["1/4", "1/6", "1/12", "looks at .25"]
     return (
         "\n### Trials of the recipe\n\nOn calibration rows: agreement with the full model in % and divergence from it "
-        "in nats, of each budget alone, and agreement of looks at a mean of a quarter. Compare trials of the same data "
-        "set and seed: it is that of the full model too.\n\n" + table(head, rows)
+        "in nats, of each budget alone, and agreement of looks at a mean of a quarter. How the recipe came about; "
+        "compare trials of the same data set and seed, which is that of the full model too:\n\n"
+        + table(["data set, seed", "what it changes", *head], began)
+        + "\nWhat changes of it do, in points and nats beside the recipe on the same full models, means over runs. The "
+        f"recipe: {_fields(recipe)}.\n\n" + table(["what it changes", "data sets (runs)", *head], rows)
     )
+
+
+def _scores(trial: dict[str, Any]) -> list[tuple[float, float]]:
+    """Agreement in % and divergence at each budget; of looks at a mean of a quarter agreement and 0."""
+    budgets = [trial[budget] for budget in ("1/4", "1/6", "1/12")]
+    looks = max(x.get("looks 0.25", x)["agreement"] for x in budgets)
+    return [*((100 * x["agreement"], x["divergence"]) for x in budgets), (100 * looks, 0.0)]
+
+
+def _fields(recipe: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in recipe.items())
 
 
 def plot(path: Path, folder: Path = HERE / "results") -> bool:
