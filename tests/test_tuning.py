@@ -28,6 +28,7 @@ from hf_budgetformer.tools.tuning import (
     log_capital,
     look_budgets,
     rows_needed,
+    share_error,
     tune,
     warn_of_shift,
 )
@@ -199,6 +200,17 @@ def test_the_rows_said_to_be_needed_are_enough_and_one_fewer_is_not(risk, level)
     assert [test.threshold for test in find_looks(unchanged(needed), risk, level)] == [0.0, None, None]
     with pytest.raises(ValueError, match=f"for {needed - 1} rows"):
         find_looks(unchanged(needed - 1), risk, level)
+
+
+@pytest.mark.parametrize(("works", "expected"), [([0.1], [0.05]), ([0.2, 0.1], [0.01, 0.04])])
+def test_four_fifths_of_the_error_go_to_the_first_look_that_costs_least_all_of_it_to_one_alone(works, expected):
+    assert share_error(0.05, works) == pytest.approx(expected)
+    assert sum(share_error(0.05, [0.25, 0.125, 0.0625, 0.5])) == pytest.approx(0.05)
+    sure = np.random.default_rng(0).random(100)
+    looks = [first_look(sure, [0] * 99 + [1], work) for work in works]
+    for look, error, test in zip(looks, expected, find_looks(looks, "disagreement", 0.05), strict=True):
+        [alone] = find_looks([look], "disagreement", 0.05, confidence=1.0 - error)
+        assert (test.threshold, test.bound) == (alone.threshold, pytest.approx(alone.bound))
 
 
 def test_a_mean_budget_that_pays_for_the_first_look_alone_is_kept_by_it_and_a_smaller_one_by_none():
