@@ -10,14 +10,18 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
+
+from conftest import batch_of, budgetformer
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from accuracy import figures, methods, report, run
-from accuracy.otherwise import opening_order
+from accuracy.otherwise import opening_order, order_again
 from accuracy.rows import read_rows
 
 from hf_budgetformer import BudgetFormerConfig
@@ -122,6 +126,17 @@ def test_a_tuned_look_is_dear_where_little_may_differ_and_all_of_the_work_where_
     assert made_up(50).tuned(0.01)["cost"] == 1.0
 
 
+@pytest.mark.parametrize("level", [0.0, 0.02, 0.1, 0.5])
+def test_the_least_cost_is_that_of_the_first_few_of_the_most_doubtful(level):
+    trial = made_up()
+    look = trial.answers["test"][1 / 6]
+    doubtful = np.argsort(figures.margin(look))
+    differs = look.argmax(-1) != trial.full["test"].argmax(-1)
+    doubted = next(count for count in range(401) if differs[doubtful[count:]].sum() <= level * 400)
+    assert trial.least(level) == pytest.approx(min(1.0, min(figures.FIRST_LOOKS) + doubted / 400))
+    assert trial.tuned(level + 0.01)["cost"] >= trial.least(level + 0.01)
+
+
 def test_early_exits_leave_at_the_first_layer_that_is_sure():
     sure, unsure = np.array([[4.0, 0.0]]), np.array([[0.1, 0.0]])
     answers = {1 / 3: np.concatenate([sure, unsure, unsure]), 2 / 3: np.concatenate([-sure, sure, unsure])}
@@ -166,3 +181,32 @@ def test_opening_orders_name_every_unit_once():
     assert opening_order("layers", config)[:12] == [0] * 6 + [1] * 6
     assert opening_order("skip:2.3", config)[-12:] == [2, 3] * 6
     assert opening_order("default", config) is None
+
+
+def test_units_that_are_ordered_again_are_the_same_units():
+    model, batch = budgetformer("bert", narrow_budget=0.5), batch_of([7, 5, 9, 4])
+    rows = Dataset.from_dict({name: x.tolist() for name, x in batch.items()})
+    teacher = model(**batch, budget=1.0).logits.tolist()
+    before = {name: x.clone() for name, x in model.narrow.state_dict().items()}
+    widest, half = (model(**batch, budget=budget).logits for budget in (0.5, 0.25))
+    order_again(model, rows.add_column("teacher_logits", teacher))
+    assert any(not torch.equal(x, before[name]) for name, x in model.narrow.state_dict().items())
+    torch.testing.assert_close(model(**batch, budget=0.5).logits, widest)
+    assert not torch.allclose(model(**batch, budget=0.25).logits, half)
+
+
+def test_changes_of_the_recipe_stand_beside_it_on_the_same_full_model(tmp_path):
+    def trial(name, seed, agreement, **recipe):
+        scores = {budget: {"agreement": agreement, "divergence": 0.1} for budget in ("1/4", "1/6", "1/12")}
+        about = {"data": "trec", "seed": seed, "trial": name, "recipe": {"epochs": 6, **recipe}}
+        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({**about, **scores}))
+
+    for seed, agreement in enumerate((0.9, 0.92)):
+        trial("R1", seed, agreement)
+        trial("R1fold", seed, agreement + 0.01 * (seed + 1), fold=True)
+    trial("R1fold", 2, 0.5, fold=True)  # there is no recipe beside it
+    trial("base", 0, 0.8)
+    began, changes = report.trials_table(tmp_path).split("What changes of it do")
+    assert "| trec, 0 | epochs 6 | 80.0, 0.100 |" in began
+    assert "fold" not in began
+    assert "| fold True | trec (2) | +1.5, +0.000 | +1.5, +0.000 | +1.5, +0.000 | +1.5 |" in changes

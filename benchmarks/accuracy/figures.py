@@ -110,8 +110,18 @@ class Run:
         except ValueError:  # rows are too few
             best = None
         if best is None or best.budget == 1.0:
-            return {**self.score(self.full["test"].argmax(-1), 1.0), "first": 1.0}
-        return {**self.look(best.budget, best.threshold or 0.0), "first": best.budget}
+            return {**self.score(self.full["test"].argmax(-1), 1.0), "first": 1.0, "least": self.least(level)}
+        return {**self.look(best.budget, best.threshold or 0.0), "first": best.budget, "least": self.least(level)}
+
+    def least(self, level: float) -> float:
+        """What it would cost to differ on just that share of the test rows, were the threshold for it known."""
+        full, costs = self.full["test"].argmax(-1), [1.0]
+        for budget in FIRST_LOOKS:
+            first = self.answers["test"][self.find(budget)]
+            differs = (first.argmax(-1) != full)[margin(first).argsort()]  # the most doubtful first
+            left = differs.sum() - np.concatenate([[0], differs.cumsum()])
+            costs.append(budget + float(np.argmax(left <= level * len(full))) / len(full))
+        return min(costs)
 
     def exits(self, mean: float) -> dict[str, Any]:
         """Early exit: each input leaves at the first layer whose answer is sure enough, one threshold for all layers.
@@ -283,13 +293,12 @@ def describe_run(folder: Path, runs: dict[str, Run]) -> dict[str, Any]:
 
 
 def tabulate(compared: Outcomes) -> dict[str, dict[str, float]]:
-    """By what is compared: accuracy, agreement, cost, and the first look where there is one."""
+    """By what is compared: accuracy, agreement, cost; the first look, and the least cost, where there is one."""
     table: dict[str, dict[str, float]] = {}
     for label, x in compared.items():
         row = {name: round(float(x[kind].mean()), 5) for name, kind in KINDS.items()}
         row["cost"] = round(float(x["cost"]), 4)
-        if "first" in x:
-            row["first"] = round(x["first"], 4)
+        row |= {name: round(x[name], 4) for name in ("first", "least") if name in x}
         table[label] = row
     return table
 
@@ -326,10 +335,15 @@ def try_promise(level: float, results: dict[str, Any]) -> dict[str, Any]:
     tuned = [list(x["results"].get(f"tuned {level}", {}).values()) for x in results.values()]
     tuned = [runs for runs in tuned if runs]
     differ = [[1.0 - run["agreement"] for run in runs] for runs in tuned]
+
+    def mean_of(figure: str) -> float:
+        return round(float(np.mean([np.mean([run[figure] for run in runs]) for runs in tuned])), 4)
+
     return {
         "runs": sum(map(len, tuned)),
         "kept": sum(share <= level + 1e-9 for shares in differ for share in shares),
-        "mean_cost": round(float(np.mean([np.mean([run["cost"] for run in runs]) for runs in tuned])), 4),
+        "mean_cost": mean_of("cost"),
+        "least_cost": mean_of("least"),
         "disagreement": round(float(np.mean([np.mean(shares) for shares in differ])), 5),
     }
 
