@@ -214,7 +214,8 @@ def outcomes(runs: dict[str, Run], times: Times) -> dict[str, dict[str, Any]]:
         first = 1 / 12
         share = max(0.0, times.constant(1 / 4) - times.constant(first)) / times.second_look()
         outcome_of["looks in the time of 1/4"] = run.looks(first + share, candidates=(first,))
-    for method, budget in (("static 1/2", 1 / 2), ("static 1/4", 1 / 4), ("static 1/8", 1 / 8)):
+    static = {"static 1/2": 1 / 2, "static 1/4": 1 / 4, "static 1/8": 1 / 8, "iterative 1/4": 1 / 4}
+    for method, budget in static.items():
         if run := runs.get(method):
             outcome_of[method] = run.constant(budget)
     for method in ("random start", "truncated start"):
@@ -262,6 +263,8 @@ PAIRS = (
     ("looks in the time of 1/4", "static 1/4"),
     ("constant 1/4", "static 1/4"),
     ("constant 1/8", "static 1/8"),
+    ("looks 0.25", "iterative 1/4"),
+    ("static 1/4", "iterative 1/4"),
     ("looks 0.5", "static 1/2"),
     ("looks 0.33", "layers 1/3"),
     *((f"looks {mean}", f"exits {mean}") for mean in MEANS),

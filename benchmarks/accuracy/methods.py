@@ -160,6 +160,8 @@ METHODS: dict[str, Callable[[Task], Any]] = {
     "narrow": narrow,
     "static 1/4": by_recipe((1 / 4,), narrow_budget=1 / 4, shares=[1.0]),
     "static 1/8": by_recipe((1 / 8,), narrow_budget=1 / 8, shares=[1.0]),
+    # A third of the steps at a half, then the less important half of its units goes.
+    "iterative 1/4": by_recipe((1 / 4,), narrow_budget=1 / 2, stages=[[1 / 3, [1.0]], [2 / 3, [0.5]]]),
     "static 1/2": by_recipe((1 / 2,), narrow_budget=1 / 2, shares=[1.0]),
     "layers": by_recipe((1 / 3, 1 / 6), narrow_budget=1 / 3, shares=[0.5, 1.0], order="layers"),
     "exits": exits,

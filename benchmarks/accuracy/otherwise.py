@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "narrow_budget": 0.25,
     "loss": "kl",
     "norms": False,
-    "again": False,
+    "stages": None,
     "noise": 0.0,
 }
 
@@ -259,7 +259,8 @@ def train_by_recipe(full: Path, rows: Dataset, taught: Dataset, recipe: dict[str
         full: Folder of the full model, which stays as it is.
         rows: Labelled, for importance.
         taught: With `teacher_logits`, to train on.
-        recipe: What differs from `DEFAULTS`.
+        recipe: What differs from `DEFAULTS`. "stages", parts of the epochs with their "shares", has the units ordered
+            again between them.
         seed: Of order, starts and draws.
     """
     recipe = {**DEFAULTS, **recipe}
@@ -293,14 +294,14 @@ def train_by_recipe(full: Path, rows: Dataset, taught: Dataset, recipe: dict[str
     if recipe["hidden"] in ("cls", "pooled", "layers"):
         taught = taught.add_column("teacher_states", states(model, taught, recipe["hidden"]).tolist())
     asking = time.perf_counter() - start
-    NarrowTrainer.recipe = {**recipe, "draw": random.Random(seed)}
     rate, size = recipe["learning_rate"], recipe["batch_size"]
-    epochs = [recipe["epochs"] / 6, recipe["epochs"] * 5 / 6] if recipe["again"] else [recipe["epochs"]]
     seconds = 0.0
-    for number, passes in enumerate(epochs):
+    for number, (part, shares) in enumerate(recipe["stages"] or [[1.0, recipe["shares"]]]):
         if number:
             order_again(model, taught.take(256))
-        seconds += fit(model, taught, passes, rate, seed, size, NarrowTrainer, remove_unused_columns=False)
+        NarrowTrainer.recipe = {**recipe, "shares": shares, "draw": random.Random(seed)}
+        epochs = part * recipe["epochs"]
+        seconds += fit(model, taught, epochs, rate, seed, size, NarrowTrainer, remove_unused_columns=False)
     return model, seconds + asking
 
 
