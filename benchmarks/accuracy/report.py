@@ -205,7 +205,12 @@ def _scores(trial: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def _fields(recipe: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in recipe.items())
+    def say(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{', '.join(map(say, value))}]"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{key} {say(value)}" for key, value in recipe.items())
 
 
 def plot(path: Path, folder: Path = HERE / "results") -> bool:
