@@ -16,10 +16,10 @@ import datasets
 import numpy as np
 import torch
 from accuracy.figures import MEANS, margin
-from accuracy.fits import ask, fit
+from accuracy.fits import ask, fine_tune
 from accuracy.otherwise import DEFAULTS, augment, train_by_recipe
 from accuracy.rows import Rows, read_rows
-from inputs import keep_quiet, minilm
+from inputs import keep_quiet
 from measure import environment, read_json
 from transformers import AutoModelForSequenceClassification
 
@@ -56,48 +56,19 @@ def score(narrow: np.ndarray, full: np.ndarray, labels: np.ndarray, budget: floa
     return scores
 
 
-class Taught:
-    """Rows to train on, with the full model's answers, made once for all trials that want the same.
-
-    Args:
-        full: Folder of the full model.
-        rows: Of the data set.
-        seed: Of what is drawn.
-    """
-
-    def __init__(self, full: Path, rows: Rows, seed: int) -> None:
-        self.full, self.rows, self.seed = full, rows, seed
-        self._made: dict[tuple[Any, ...], datasets.Dataset] = {}
-
-    def by(self, recipe: dict[str, Any]) -> datasets.Dataset:
-        """Training rows, and others by the recipe."""
-        kind = recipe["spare"], recipe["extra"], recipe["extra_kind"]
-        if kind not in self._made:
-            self._made[kind] = self._make(*kind)
-        return self._made[kind]
-
-    def _make(self, spare: int, extra: int, extra_kind: str) -> datasets.Dataset:
-        rows = self.rows
-        columns = [name for name in rows.train.column_names if name != "labels"]
-        more = []
-        if spare:
-            more.append(rows.spare.take(min(len(rows.spare), spare * len(rows.train))))
-        if extra:
-            more.append(augment(rows.train, extra, extra_kind, self.seed))
-        train = rows.train.select_columns(columns)
-        parts = [train, *(part.select_columns(columns).cast(train.features) for part in more)]
-        taught = datasets.concatenate_datasets(parts)
-        teacher = AutoModelForSequenceClassification.from_pretrained(self.full)
-        return taught.add_column("teacher_logits", ask(teacher, taught).tolist())
-
-
-def train_together(rows: Rows, settings: dict[str, Any], seed: int) -> tuple[Any, float]:
-    """Both encoders at once, from labels, as long as the full model alone; and the seconds it took."""
-    torch.manual_seed(seed)
-    model: Any = BudgetFormerForSequenceClassification.from_pretrained(minilm(), num_labels=rows.labels)
-    rate = settings.get("learning_rate", settings["full_learning_rate"])
-    callbacks = [BudgetCallback(order=False, disagreement=None)]
-    return model, fit(model, rows.train, settings["epochs"], rate, seed, callbacks=callbacks)
+def taught_otherwise(full: Path, rows: Rows, recipe: dict[str, Any], seed: int) -> datasets.Dataset:
+    """Training rows, and others by the recipe, with the full model's answers."""
+    columns = [name for name in rows.train.column_names if name != "labels"]
+    extra = []
+    if recipe["spare"]:
+        extra.append(rows.spare.take(min(len(rows.spare), recipe["spare"] * len(rows.train))))
+    if recipe["extra"]:
+        extra.append(augment(rows.train, recipe["extra"], recipe["extra_kind"], seed))
+    train = rows.train.select_columns(columns)
+    parts = [train, *(part.select_columns(columns).cast(train.features) for part in extra)]
+    taught = datasets.concatenate_datasets(parts)
+    teacher = AutoModelForSequenceClassification.from_pretrained(full)
+    return taught.add_column("teacher_logits", ask(teacher, taught).tolist())
 
 
 def main() -> None:
@@ -119,18 +90,24 @@ def main() -> None:
         labels = np.array(rows.calibration["labels"])
         for seed in options.seeds:
             folder = options.work / f"{name}-{seed}" / "full"
-            all_taught = Taught(folder, rows, seed)
+            taught_by: dict[tuple[Any, ...], datasets.Dataset] = {}  # asked once for all trials of the same rows
             for trial in options.trials:
                 target = HERE / "trials" / f"{name}-{trial}-{seed}.json"
                 if target.exists():
                     continue
                 recipe = {**DEFAULTS, "order": "equal", **trials[trial]}  # as it was when the trials began
                 if recipe.get("together"):
-                    model, seconds = train_together(rows, {**settings, **settings["data"][name]}, seed)
+                    # As long as the full model alone, from labels.
+                    options = {"callbacks": [BudgetCallback(order=False, disagreement=None)]}
+                    merged = {**settings, **settings["data"][name]}
+                    model, seconds = fine_tune(BudgetFormerForSequenceClassification, rows, merged, seed, **options)
                     full = ask(model, rows.calibration, budget=1.0)
                 else:
                     full = np.load(folder / "logits.npz")["calibration"]
-                    taught = all_taught.by(recipe)
+                    kind = recipe["spare"], recipe["extra"], recipe["extra_kind"]
+                    if kind not in taught_by:
+                        taught_by[kind] = taught_otherwise(folder, rows, recipe, seed)
+                    taught = taught_by[kind]
                     recipe["epochs"] *= len(rows.train) / len(taught)
                     model, seconds = train_by_recipe(folder, rows.train, taught, recipe, seed)
                 scores = {"full": {"accuracy": float((full.argmax(-1) == labels).mean())}}

@@ -110,8 +110,10 @@ class Run:
         except ValueError:  # rows are too few
             best = None
         if best is None or best.budget == 1.0:
-            return {**self.score(self.full["test"].argmax(-1), 1.0), "first": 1.0, "least": self.least(level)}
-        return {**self.look(best.budget, best.threshold or 0.0), "first": best.budget, "least": self.least(level)}
+            outcome = {**self.score(self.full["test"].argmax(-1), 1.0), "first": 1.0}
+        else:
+            outcome = {**self.look(best.budget, best.threshold or 0.0), "first": best.budget}
+        return {**outcome, "least": self.least(level)}
 
     def least(self, level: float) -> float:
         """What it would cost to differ on just that share of the test rows, were the threshold for it known."""

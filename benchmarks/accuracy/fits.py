@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from accuracy.rows import Rows
 from datasets import Dataset
-from inputs import load_tokenizer
+from inputs import load_tokenizer, minilm
 from transformers import BatchEncoding, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_budgetformer.tools.batching import batches_by_length
@@ -62,6 +63,22 @@ def fit(
         start = time.perf_counter()
         trainer.train()
         return time.perf_counter() - start
+
+
+def fine_tune(model_class: Any, rows: Rows, settings: dict[str, Any], seed: int, **options: Any) -> tuple[Any, float]:
+    """MiniLM, or the settings' model, trained on the labels of a data set; and the seconds it took.
+
+    Args:
+        model_class: Made by its `from_pretrained`.
+        rows: Of the data set.
+        settings: Of all, and over them those of the data set.
+        seed: Of head, order and dropout.
+        **options: Of `fit`.
+    """
+    torch.manual_seed(seed)
+    model = model_class.from_pretrained(settings.get("model") or minilm(), num_labels=rows.labels)
+    rate = settings.get("learning_rate", settings["full_learning_rate"])
+    return model, fit(model, rows.train, settings["epochs"], rate, seed, settings["batch_size"], **options)
 
 
 @torch.no_grad()

@@ -329,16 +329,12 @@ def order_again(model: Any, rows: Dataset) -> None:
                 units += (weight * next(gradients)).sum(0).unflatten(0, (len(units), -1)).sum(-1).abs().detach()
     with torch.no_grad():
         for layer, (heads, neurons) in zip(layers, importance, strict=True):
-            neurons = neurons.argsort(descending=True, stable=True)
-            rows_of = (heads.argsort(descending=True, stable=True)[:, None], torch.arange(3 * layer.size))
-            stacked = (rows_of[0] * 3 * layer.size + rows_of[1]).flatten()
-            columns = (rows_of[0] * layer.size + rows_of[1][: layer.size]).flatten()
-            for value in (layer.qkv.weight, layer.qkv.bias):
-                value.copy_(value[stacked])
-            for value in (layer.up.weight, layer.up.bias):
-                value.copy_(value[neurons])
-            layer.attention_output.weight.copy_(layer.attention_output.weight[:, columns])
-            layer.down.weight.copy_(layer.down.weight[:, neurons])
+            parts = ((layer.qkv, layer.attention_output, heads), (layer.up, layer.down, neurons))
+            for into, out, units in parts:
+                order = units.argsort(descending=True, stable=True)
+                for value in (into.weight, into.bias):
+                    value.copy_(value.unflatten(0, (len(units), -1))[order].flatten(0, 1))
+                out.weight.copy_(out.weight.unflatten(1, (len(units), -1))[:, order].flatten(1))
 
 
 def _start_anew(narrow: Any, seed: int) -> None:

@@ -171,21 +171,17 @@ def trials_table(folder: Path) -> str:
         if trial["trial"].startswith(RECIPE) or "together" in trial["recipe"]:
             changes.setdefault(trial["trial"], []).append(trial)
         if trial["trial"] == RECIPE or trial["trial"] not in changes:
-            cells = [f"{agreement:.1f}, {divergence:.3f}" for agreement, divergence in _scores(trial)]
-            cells[-1] = cells[-1].split(",")[0]
-            began.append([f"{trial['data']}, {trial['seed']}", _fields(trial["recipe"]) or "as it began", *cells])
+            about = [f"{trial['data']}, {trial['seed']}", _fields(trial["recipe"]) or "as it began"]
+            began.append([*about, *_cells(_scores(trial), "")])
     recipe = next(iter(recipe_of.values()))["recipe"]
     rows: list[list[str]] = []
     for runs in changes.values():
         runs = [x for x in runs if (x["data"], x["seed"]) in recipe_of]
-        pairs = [(_scores(x), _scores(recipe_of[x["data"], x["seed"]])) for x in runs]
         changed = _fields({key: x for run in runs for key, x in run["recipe"].items() if recipe.get(key) != x})
         if changed:
-            means = np.mean([np.subtract(a, b) for a, b in pairs], axis=0)
-            cells = [f"{agreement:+.1f}, {divergence:+.3f}" for agreement, divergence in means]
-            cells[-1] = cells[-1].split(",")[0]
+            beyond = np.mean([_scores(x) - _scores(recipe_of[x["data"], x["seed"]]) for x in runs], axis=0)
             count = Counter(x["data"] for x in runs)
-            rows.append([changed, ", ".join(f"{name} ({number})" for name, number in count.items()), *cells])
+            rows.append([changed, ", ".join(f"{x} ({number})" for x, number in count.items()), *_cells(beyond, "+")])
     head = ["1/4", "1/6", "1/12", "looks at .25"]
     return (
         "\n### Trials of the recipe\n\nOn calibration rows: agreement with the full model in % and divergence from it "
@@ -197,11 +193,18 @@ def trials_table(folder: Path) -> str:
     )
 
 
-def _scores(trial: dict[str, Any]) -> list[tuple[float, float]]:
-    """Agreement in % and divergence at each budget; of looks at a mean of a quarter agreement and 0."""
+def _scores(trial: dict[str, Any]) -> np.ndarray:
+    """Agreement in % and divergence at each of three budgets, then agreement of looks at a mean of a quarter: (7,)."""
     budgets = [trial[budget] for budget in ("1/4", "1/6", "1/12")]
     looks = max(x.get("looks 0.25", x)["agreement"] for x in budgets)
-    return [*((100 * x["agreement"], x["divergence"]) for x in budgets), (100 * looks, 0.0)]
+    return np.array([figure for x in budgets for figure in (100 * x["agreement"], x["divergence"])] + [100 * looks])
+
+
+def _cells(scores: np.ndarray, sign: str) -> list[str]:
+    """Of `_scores`, a cell for each budget and one for looks; `sign` is how numbers show theirs."""
+    pairs = zip(scores[:-1:2], scores[1::2], strict=True)
+    budgets = [f"{agreement:{sign}.1f}, {divergence:{sign}.3f}" for agreement, divergence in pairs]
+    return [*budgets, f"{scores[-1]:{sign}.1f}"]
 
 
 def _fields(recipe: dict[str, Any]) -> str:

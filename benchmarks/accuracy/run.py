@@ -20,10 +20,10 @@ import datasets
 import numpy as np
 import torch
 from accuracy.figures import stem
-from accuracy.fits import ask, fit
+from accuracy.fits import ask, fine_tune
 from accuracy.methods import METHODS, Task
 from accuracy.rows import Rows, read_rows
-from inputs import keep_quiet, load_tokenizer, minilm
+from inputs import keep_quiet, load_tokenizer
 from measure import read_json
 from transformers import AutoModelForSequenceClassification
 
@@ -34,20 +34,9 @@ HERE = Path(__file__).resolve().parent
 SPLITS = ("calibration", "test")
 
 
-def full_model(rows: Rows, settings: dict[str, Any], data_settings: dict[str, Any], folder: Path, seed: int) -> None:
+def full_model(rows: Rows, settings: dict[str, Any], folder: Path, seed: int) -> None:
     """Fine-tunes MiniLM, the full model, and keeps it with its logits."""
-    torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        settings.get("model") or minilm(), num_labels=rows.labels
-    )
-    seconds = fit(
-        model,
-        rows.train,
-        data_settings["epochs"],
-        data_settings.get("learning_rate", settings["full_learning_rate"]),
-        seed,
-        settings["batch_size"],
-    )
+    model, seconds = fine_tune(AutoModelForSequenceClassification, rows, settings, seed)
     model.save_pretrained(folder)
     logits = {split: ask(model, getattr(rows, split)) for split in SPLITS}
     np.savez(folder / "logits.npz", seconds=seconds, **logits)
@@ -95,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         data_settings, rows, folder = settings["data"][name], rows_of[name], options.work / f"{name}-{seed}"
         full = folder / "full"
         if not (full / "logits.npz").exists():
-            full_model(rows, settings, data_settings, full, seed)
+            full_model(rows, {**settings, **data_settings}, full, seed)
         logits = np.load(full / "logits.npz")
         labels = np.array(rows.test["labels"])
         accuracy = (logits["test"].argmax(-1) == labels).mean()

@@ -157,9 +157,9 @@ def share_error(error: float, works: Sequence[float]) -> list[float]:
     """What of an error each of some first looks is tested at, by what they cost, so that all of them hold at once."""
     if len(works) == 1:
         return [error]
-    least = min(range(len(works)), key=lambda number: works[number])
-    rest = (1.0 - _LEAST_LOOKS_ERROR) * error / (len(works) - 1)
-    return [_LEAST_LOOKS_ERROR * error if number == least else rest for number in range(len(works))]
+    errors = [(1.0 - _LEAST_LOOKS_ERROR) * error / (len(works) - 1)] * len(works)
+    errors[works.index(min(works))] = _LEAST_LOOKS_ERROR * error
+    return errors
 
 
 def _check_promise(risk: str, level: float, confidence: float, rows: int, works: Sequence[float]) -> None:
